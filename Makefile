@@ -1,0 +1,93 @@
+# Every target makes .venv and installs what it needs, once; a second call goes straight to work.
+# Other Pythons: make lab PYTHON=python3.12. Smaller CPU-only wheels: make lab CPU=1.
+
+PYTHON ?= python3
+VENV ?= .venv
+PRESET ?= tiny
+PORT ?= 8888
+WORKERS ?= 2
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+ifdef CPU
+PIP_INSTALL += --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+export CAPTION
+
+.PHONY: help lab test book draw notebooks train bench check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make lab                    JupyterLab with chapter 1, on this machine only'
+	@echo 'make draw CAPTION="a star"  pictures from words, with the weights that ship'
+	@echo 'make test                   lint, types, tests, chapters, book and wheel'
+	@echo 'make book                   the book as pages under _build/html'
+	@echo 'make notebooks              run every chapter anew and store its outputs'
+	@echo 'make train PRESET=tiny      train the first system (PRESET=book wants a GPU)'
+	@echo 'make bench                  measure the times and the memory that the README states'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 't2ilearn needs Python 3.11 or newer; name one: make lab PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo 'Python has no venv module here. On Debian or Ubuntu:' >&2; \
+	  echo '    sudo apt install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp a set of extras; pip runs again only when pyproject.toml has changed.
+$(VENV)/.has-core: pyproject.toml | $(BIN)/python
+	@echo 'Installing t2ilearn into $(VENV) (several minutes the first time) ...'
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.has-lab: pyproject.toml | $(BIN)/python
+	@echo 'Installing t2ilearn and JupyterLab into $(VENV) (several minutes the first time) ...'
+	$(PIP_INSTALL) -e '.[lab]'
+	@touch $(VENV)/.has-core $@
+
+$(VENV)/.has-book: pyproject.toml | $(BIN)/python
+	@echo 'Installing t2ilearn and Jupyter Book into $(VENV) (several minutes the first time) ...'
+	$(PIP_INSTALL) -e '.[book]'
+	@touch $(VENV)/.has-core $@
+
+$(VENV)/.has-test: pyproject.toml | $(BIN)/python
+	@echo 'Installing t2ilearn, its tests and its peers into $(VENV) (several minutes) ...'
+	$(PIP_INSTALL) -e '.[book,test,peers]'
+	@touch $(VENV)/.has-core $(VENV)/.has-book $@
+
+# Jupyter shows stored widgets and HTML only in notebooks that this user has signed.
+$(VENV)/.trusted: $(NOTEBOOKS) | $(VENV)/.has-lab
+	@$(BIN)/jupyter trust $(NOTEBOOKS) >/dev/null
+	@touch $@
+
+lab: $(VENV)/.has-lab $(VENV)/.trusted
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) notebooks/01_pictures.ipynb
+
+check: $(VENV)/.has-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --nbval --nbval-current-env \
+	  --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 120 tests $(NOTEBOOKS)
+
+book: $(VENV)/.has-book
+	$(BIN)/jupyter-book build . -W -n --keep-going
+
+draw: $(VENV)/.has-core
+	@test -n "$$CAPTION" || { echo 'Say what to draw: make draw CAPTION="a small red star"' >&2; exit 2; }
+	@$(BIN)/t2ilearn draw "$$CAPTION"
+
+notebooks: $(VENV)/.has-test
+	$(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)
+
+train: $(VENV)/.has-core
+	$(BIN)/t2ilearn train vqvae --preset $(PRESET)
+	$(BIN)/t2ilearn train prior --preset $(PRESET)
+
+bench: $(VENV)/.has-test
+	$(BIN)/python tools/bench.py
+
+clean:
+	rm -rf _build .mypy_cache .pytest_cache .ruff_cache

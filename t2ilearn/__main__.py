@@ -1,0 +1,5 @@
+"""`python -m t2ilearn` is the command line."""
+
+from t2ilearn.cli import main
+
+main()

@@ -1,0 +1,135 @@
+"""The command line: `t2ilearn draw | redraw | train | weights`.
+
+Imports of torch wait until a command needs them, so that `--help` answers at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from t2ilearn.drawing import Drawing
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pictures from words, by models small enough to read.",
+)
+
+
+@app.command()
+def draw(
+    caption: Annotated[str, typer.Argument(help="What to draw, as an English sentence.")],
+    system: Annotated[str, typer.Option("--with", help="vqvae or vqvae-tiny.")] = "vqvae",
+    seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
+    count: Annotated[int, typer.Option(help="How many pictures.")] = 4,
+    guidance_scale: Annotated[
+        float, typer.Option(help="1: as learned; more: insist on the caption.")
+    ] = 1.0,
+    best_of: Annotated[int, typer.Option(help="Draw so many for each one kept.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Below 1: safer; 0: greedy.")] = 1.0,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest share of codes.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("drawing.png"),
+) -> None:
+    """Draw pictures for a caption and say how many show what it states."""
+    from t2ilearn.drawing import draw as draw_pictures
+
+    drawing = draw_pictures(
+        caption,
+        system=system,
+        seed=seed,
+        count=count,
+        guidance_scale=guidance_scale,
+        best_of=best_of,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    _report(drawing, out)
+
+
+@app.command()
+def redraw(
+    file: Annotated[Path, typer.Argument(help="A picture that `draw` wrote.")],
+    out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("redrawn.png"),
+) -> None:
+    """Repeat a drawing from what its file remembers."""
+    from t2ilearn.drawing import redraw as redraw_file
+
+    _report(redraw_file(file), out)
+
+
+def _report(drawing: "Drawing", out: Path) -> None:
+    drawing.save(out)
+    if sys.stdout.isatty():
+        typer.echo(terminal_picture(drawing))
+    right, count = sum(drawing.aligned), len(drawing.aligned)
+    typer.echo(f"{out}: {count} pictures; the judge finds all that is stated in {right} of them.")
+
+
+def terminal_picture(drawing: "Drawing", width: int = 100) -> str:
+    """The drawing in half blocks of 24-bit colour, at most `width` characters wide."""
+    image = drawing.image()
+    width = min(width, image.width)
+    height = max(2, round(image.height * width / image.width / 2) * 2)
+    image = image.resize((width, height))
+    lines = []
+    for y in range(0, height, 2):
+        cells = []
+        for x in range(width):
+            upper, lower = image.getpixel((x, y)), image.getpixel((x, y + 1))
+            assert isinstance(upper, tuple) and isinstance(lower, tuple)
+            cells.append(
+                f"\x1b[38;2;{upper[0]};{upper[1]};{upper[2]}m"
+                f"\x1b[48;2;{lower[0]};{lower[1]};{lower[2]}m▀"
+            )
+        lines.append("".join(cells) + "\x1b[0m")
+    return "\n".join(lines)
+
+
+@app.command()
+def train(
+    system: Annotated[str, typer.Argument(help="reader, judge, vqvae or prior.")],
+    preset: Annotated[str, typer.Option(help="tiny (a laptop) or book (a GPU).")] = "tiny",
+    runs: Annotated[Path, typer.Option(help="Folder for checkpoints and results.")] = Path("runs"),
+    steps: Annotated[int | None, typer.Option(help="Instead of the preset's number.")] = None,
+    precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.")] = None,
+) -> None:
+    """Train a part of a system; an interrupted run goes on where it stopped."""
+    from t2ilearn.recipes import train_system
+
+    path = train_system(system, preset, runs, steps=steps, precision=precision)
+    typer.echo(f"Weights: {path}")
+
+
+@app.command()
+def weights() -> None:
+    """List the weights that ship, with their measured figures."""
+    from t2ilearn.weights import available, load
+
+    for name in available():
+        card = load(name).card
+        figures = ", ".join(f"{k} {v}" for k, v in card.get("metrics", {}).items())
+        typer.echo(f"{name:14s} {card['sha256'][:8]}  {figures}")
+
+
+def main() -> None:
+    """Run the command line; errors meant for people are printed without a traceback."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except typer.Abort:
+        typer.echo("Stopped.", err=True)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise SystemExit(2) from None
+    except Exception as error:  # click's usage errors carry their own text and exit status
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        raise SystemExit(getattr(error, "exit_code", 2)) from None

@@ -1,0 +1,16 @@
+"""Worlds of captioned pictures."""
+
+from t2ilearn.data.captions import CaptionError, encode, null_caption, parse
+from t2ilearn.data.interface import CaptionedPictures, PictureBatch
+from t2ilearn.data.shapes import Shapes, TinyShapes
+
+__all__ = [
+    "CaptionError",
+    "CaptionedPictures",
+    "PictureBatch",
+    "Shapes",
+    "TinyShapes",
+    "encode",
+    "null_caption",
+    "parse",
+]

@@ -1,0 +1,267 @@
+"""From a caption to pictures, with the weights that ship.
+
+    drawing = draw("a small red star above a large striped blue ring", seed=1)
+    drawing.save("star.png")        # the file remembers caption, system, seed and weights
+    redraw("star.png")              # and can be drawn again, pixel for pixel
+"""
+
+import base64
+import html
+import io
+import json
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from t2ilearn import __version__, weights
+from t2ilearn.data.captions import encode, parse
+from t2ilearn.prior import PriorConfig, TransformerPrior, sample
+from t2ilearn.reader import Reader, ReaderConfig, aligned, score
+from t2ilearn.vqvae import VQVAE, VQVAEConfig
+
+SYSTEMS = {
+    "vqvae": ("vqvae-book", "prior-book"),
+    "vqvae-tiny": ("vqvae-tiny", "prior-tiny"),
+}
+METADATA_KEY = "t2ilearn"
+MAX_COUNT = 64
+
+
+class System(NamedTuple):
+    """A VQ-VAE, the prior over its codes, and an id that changes with either's weights."""
+
+    vqvae: VQVAE
+    prior: TransformerPrior
+    weights_id: str
+
+
+def _config(kind: type, values: dict) -> Any:
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**lists)
+
+
+def load_vqvae(name: str | Path) -> VQVAE:
+    """A VQ-VAE from shipped weights (or a path), in evaluation mode."""
+    stored = weights.load(name)
+    model = VQVAE(_config(VQVAEConfig, stored.card["config"]))
+    weights.load_into(model, stored)
+    return model.eval()
+
+
+def load_prior(name: str | Path) -> TransformerPrior:
+    """A Transformer prior from shipped weights (or a path), in evaluation mode."""
+    stored = weights.load(name)
+    model = TransformerPrior(_config(PriorConfig, stored.card["config"]))
+    weights.load_into(model, stored)
+    return model.eval()
+
+
+@lru_cache(maxsize=4)
+def load_reader(name: str = "reader") -> Reader:
+    """The training reader ("reader") or the judge ("judge"), in evaluation mode."""
+    stored = weights.load(name)
+    model = Reader(_config(ReaderConfig, stored.card["config"]))
+    weights.load_into(model, stored)
+    return model.eval()
+
+
+@lru_cache(maxsize=4)
+def load_system(name: str = "vqvae") -> System:
+    """A complete text-to-image system.
+
+    Raises:
+        ValueError: if the name is not in `SYSTEMS`.
+        WeightsError: if its weights are missing or damaged.
+    """
+    if name not in SYSTEMS:
+        raise ValueError(f"Unknown system {name!r}; one of {', '.join(SYSTEMS)}.")
+    first, second = SYSTEMS[name]
+    ids = [weights.load(part).card["sha256"][:8] for part in (first, second)]
+    return System(load_vqvae(first), load_prior(second), "-".join(ids))
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides a drawing. `sampling` is the temperature and the truncations."""
+
+    caption: str
+    system: str = "vqvae"
+    seed: int = 0
+    count: int = 4
+    guidance_scale: float = 1.0
+    best_of: int = 1
+    temperature: float = 1.0
+    top_p: float | None = None
+
+    def check(self) -> None:
+        """Raise `CaptionError` or `ValueError` if this cannot be drawn."""
+        parse(self.caption)
+        if self.system not in SYSTEMS:
+            raise ValueError(f"Unknown system {self.system!r}; one of {', '.join(SYSTEMS)}.")
+        if not 1 <= self.count * self.best_of <= MAX_COUNT or self.count < 1:
+            raise ValueError(
+                f"count × best-of must be 1 … {MAX_COUNT}, not {self.count} × {self.best_of}."
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"The seed must be 0 … 2^63 − 1, not {self.seed}.")
+        if not 0 <= self.guidance_scale <= 20:
+            raise ValueError(f"The guidance scale must be 0 … 20, not {self.guidance_scale}.")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures drawn for one caption, and what the judge read in them."""
+
+    pictures: Float[Tensor, "n 3 h w"]
+    request: Request
+    weights_id: str
+    aligned: list[bool] = field(default_factory=list)
+
+    def image(self, columns: int | None = None) -> Image.Image:
+        """The pictures side by side."""
+        n, _, height, width = self.pictures.shape
+        columns = columns or n
+        sheet = Image.new("RGB", (columns * width, -(-n // columns) * height))
+        for i, picture in enumerate(_bytes(self.pictures)):
+            at = (i % columns * width, i // columns * height)
+            sheet.paste(Image.fromarray(picture.numpy()), at)
+        return sheet
+
+    def metadata(self) -> dict:
+        """What the file remembers: the request, the weights' id and the package's version."""
+        return {**asdict(self.request), "weights": self.weights_id, "version": __version__}
+
+    def save(self, path: str | Path) -> Path:
+        """Write a PNG file whose metadata carry what `redraw` needs. An existing file is only
+        replaced once the new one is complete.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise ValueError(f"Pictures are saved as .png, not {path.suffix or 'without ending'}.")
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt(METADATA_KEY, json.dumps(self.metadata()))
+        partial = path.with_name(path.name + ".part")
+        try:
+            self.image().save(partial, format="PNG", pnginfo=info)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def __repr__(self) -> str:
+        right = sum(self.aligned)
+        return (
+            f"Drawing({self.request.caption!r}, {len(self.pictures)} pictures, {right} as stated)"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks. The caption is escaped: it is somebody's text, not markup."""
+        buffer = io.BytesIO()
+        self.image().save(buffer, format="PNG")
+        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        caption = html.escape(self.request.caption)
+        count, height = len(self.pictures), 2 * self.pictures.shape[-2]
+        note = f"{sum(self.aligned)} of {count} as stated"
+        return (
+            f'<figure style="margin:0"><img alt="{count} pictures drawn for: {caption}" '
+            f'src="data:image/png;base64,{data}" style="height:{height}px;'
+            f'image-rendering:pixelated"><figcaption>{caption} · {note}</figcaption></figure>'
+        )
+
+
+def _bytes(pictures: Float[Tensor, "n 3 h w"]) -> Tensor:
+    """(n, h, w, 3) uint8."""
+    return pictures.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def draw(
+    caption: str,
+    *,
+    system: str = "vqvae",
+    seed: int = 0,
+    count: int = 4,
+    guidance_scale: float = 1.0,
+    best_of: int = 1,
+    temperature: float = 1.0,
+    top_p: float | None = None,
+) -> Drawing:
+    """Draw pictures for a caption.
+
+    Args:
+        caption: a sentence of the shapes world, e.g. "a small red star above a blue ring".
+        system: which model draws; see `SYSTEMS`.
+        seed: the same seed, system and weights give the same pictures on the same machine.
+        count: how many pictures.
+        guidance_scale: 1 follows the caption as learned, more insists, 0 ignores it.
+        best_of: draw this many for each picture kept; the training reader chooses.
+        temperature, top_p: sharpen or truncate the distribution over codes.
+
+    Raises:
+        CaptionError: if the caption cannot be read.
+        ValueError: if an argument is out of its range.
+        WeightsError: if weights are missing or damaged.
+    """
+    request = Request(
+        caption, system, seed, count, guidance_scale, best_of, temperature, top_p
+    )
+    request.check()
+    loaded = load_system(system)
+    n = count * best_of
+    generator = torch.Generator().manual_seed(seed)
+    codes = sample(
+        loaded.prior,
+        encode([caption]).expand(n, -1),
+        temperature=temperature,
+        top_p=top_p,
+        guidance_scale=guidance_scale,
+        generator=generator,
+    )
+    pictures = loaded.vqvae.decode_tokens(codes).clamp(-1, 1)
+    if best_of > 1:
+        scores = score(load_reader("reader"), pictures, [caption] * n).view(count, best_of)
+        pictures = pictures.view(count, best_of, *pictures.shape[1:])
+        pictures = pictures[torch.arange(count), scores.argmax(1)]
+    right = aligned(load_reader("judge"), pictures, [caption] * count).tolist()
+    return Drawing(pictures, request, loaded.weights_id, right)
+
+
+def redraw(path: str | Path) -> Drawing:
+    """Draw again what a file made by `Drawing.save` remembers.
+
+    Raises:
+        ValueError: if the file carries no metadata of ours, or damaged ones.
+        WeightsError: if it was drawn with other weights than those installed.
+    """
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(METADATA_KEY)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is not a readable picture: {error}.") from None
+    if text is None:
+        raise ValueError(f"{path} was not drawn by t2ilearn: it carries no caption and seed.")
+    try:
+        stored = json.loads(text)
+        weights_id = stored.pop("weights")
+        stored.pop("version")
+        request = replace(Request(stored["caption"]), **stored)
+        request.check()
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"The metadata of {path} are damaged: {error}.") from None
+    if load_system(request.system).weights_id != weights_id:
+        raise weights.WeightsError(
+            f"{path} was drawn with weights {weights_id}, but "
+            f"{load_system(request.system).weights_id} are installed; the picture would differ."
+        )
+    return draw(**asdict(request))

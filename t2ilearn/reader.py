@@ -1,0 +1,198 @@
+"""The attribute reader: a small network that says what a picture shows.
+
+It turns "does the picture match its caption?" into counting: `alignment` is the share of pictures
+in which every attribute that the caption states is read right. Two readers ship. The *judge*
+(trained on every combination) only judges: no loss ever sees it. The *training reader* (trained on
+the `train` split) may serve as a perceptual trunk or pick the best of several drawings.
+
+    picture (B, 3, 64, 64) → features (B, 192) → one small classifier an attribute
+
+An object slot is a place, not an order of words: slot 1 is the upper or left object. The count
+head has a third answer, "unreadable", learned from junk; unreadable pictures count as wrong.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from t2ilearn.data import captions as words
+from t2ilearn.data.captions import Stated, parse
+from t2ilearn.data.shapes import CHOICES, FIELDS
+from t2ilearn.layers import ResidualBlock
+
+UNREADABLE = 2  # the count head's answer for pictures that show no scene
+_VALUES = {
+    "size": words.SIZES,
+    "pattern": words.PATTERNS,
+    "colour": words.COLOURS,
+    "shape": words.SHAPES,
+}
+
+
+@dataclass(frozen=True)
+class ReaderConfig:
+    """Sizes of a reader: picture side, channels of its levels, width of its features."""
+
+    resolution: int = 64
+    channels: tuple[int, ...] = (32, 64, 96)
+    features: int = 192
+
+
+class ReaderLoss(NamedTuple):
+    """Mean cross-entropy of the attributes that are there."""
+
+    attributes: Tensor
+    total: Tensor
+
+
+class Reader(nn.Module):
+    """Reads the eleven attributes of a shapes picture.
+
+    Pictures of another size are resized to `config.resolution` first.
+    """
+
+    def __init__(self, config: ReaderConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or ReaderConfig()
+        channels = self.config.channels
+        levels: list[nn.Module] = []
+        for before, after in zip((3, *channels), channels, strict=False):
+            levels.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
+            levels.append(ResidualBlock(after, after))
+        self.levels = nn.Sequential(*levels)
+        self.narrow = nn.Conv2d(channels[-1], 64, 4, stride=2, padding=1)
+        side = self.config.resolution // 2 ** (len(channels) + 1)
+        self.project = nn.Linear(64 * side * side, self.config.features)
+        self.answers = [CHOICES[f.rsplit("_", 1)[0]] + (f == "count") for f in FIELDS]
+        self.heads = nn.Linear(self.config.features, sum(self.answers))
+
+    def trunk(self, pictures: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """The feature maps of each level, finest first: a perceptual distance compares them."""
+        if pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise ValueError(f"Pictures have shape (B, 3, H, W), not {tuple(pictures.shape)}.")
+        side = self.config.resolution
+        x = pictures
+        if x.shape[-2:] != (side, side):
+            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+        maps = []
+        for down, block in zip(self.levels[0::2], self.levels[1::2], strict=True):
+            x = block(down(x))
+            maps.append(x)
+        return maps
+
+    def features(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """What metrics compare: the last layer before the answers."""
+        x = F.silu(self.narrow(self.trunk(pictures)[-1]))
+        return F.silu(self.project(x.flatten(1)))
+
+    def forward(self, pictures: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _"]]:
+        """Logits of every attribute, in the order of `data.shapes.FIELDS`."""
+        return list(self.heads(self.features(pictures)).split(self.answers, dim=1))
+
+
+def reader_loss(logits: list[Tensor], facts: Int[Tensor, "b 11"]) -> ReaderLoss:
+    """Cross-entropy averaged over the attributes that are there (facts ≥ 0)."""
+    terms = [
+        F.cross_entropy(answer.float(), fact, ignore_index=-1, reduction="sum")
+        for answer, fact in zip(logits, facts.unbind(1), strict=True)
+    ]
+    attributes = torch.stack(terms).sum() / (facts >= 0).sum()
+    return ReaderLoss(attributes, attributes)
+
+
+class Reading(NamedTuple):
+    """What a reader saw: a value for every attribute, and whether it could read at all."""
+
+    facts: Int[Tensor, "b 11"]
+    readable: Bool[Tensor, " b"]
+
+
+@torch.no_grad()
+def read(reader: Reader, pictures: Float[Tensor, "b 3 h w"], chunk: int = 250) -> Reading:
+    """Read pictures. Attributes of objects that are not there come out as −1."""
+    facts, readable = [], []
+    for part in pictures.split(chunk):
+        answers = torch.stack([logits.argmax(1) for logits in reader(part)], 1)
+        readable.append(answers[:, 0] != UNREADABLE)
+        answers[:, 0].clamp_(max=1)
+        single = answers[:, 0] == 0
+        answers[single, 1] = -1
+        answers[single, 7:] = -1
+        facts.append(answers)
+    return Reading(torch.cat(facts), torch.cat(readable))
+
+
+def facts_of(stated: Stated) -> list[tuple[int, int]]:
+    """What a caption states, as pairs (column of `FIELDS`, value)."""
+    stated = stated.canonical()
+    facts = [(0, len(stated.objects) - 1)]
+    if stated.relation is not None:
+        facts.append((1, ("above", "left of").index(stated.relation)))
+    if stated.background is not None:
+        facts.append((2, words.BACKGROUNDS.index(stated.background)))
+    for slot, thing in enumerate(stated.objects):
+        for offset, name in enumerate(("size", "pattern", "colour", "shape")):
+            said = getattr(thing, name)
+            if said is not None:
+                facts.append((3 + 4 * slot + offset, _VALUES[name].index(said)))
+    return facts
+
+
+def matches(facts: Sequence[int], stated: Stated) -> bool:
+    """Whether facts read from a picture fulfil everything that a caption states."""
+    return all(facts[column] == value for column, value in facts_of(stated))
+
+
+def aligned(
+    reader: Reader, pictures: Float[Tensor, "b 3 h w"], captions: Sequence[str]
+) -> Bool[Tensor, " b"]:
+    """For each picture: is it readable, and is every attribute that its caption states right?
+
+    Raises:
+        CaptionError: if a caption cannot be parsed.
+        ValueError: if there are not as many captions as pictures.
+    """
+    if len(pictures) != len(captions):
+        raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions.")
+    reading = read(reader, pictures)
+    rows = zip(reading.facts.tolist(), reading.readable.tolist(), captions, strict=True)
+    return torch.tensor([ok and matches(facts, parse(c)) for facts, ok, c in rows])
+
+
+@torch.no_grad()
+def score(
+    reader: Reader, pictures: Float[Tensor, "b 3 h w"], captions: Sequence[str]
+) -> Float[Tensor, " b"]:
+    """log p(everything the caption states | picture): what best-of-N sorts by."""
+    logs = [logits.log_softmax(1) for logits in reader(pictures)]
+    return torch.stack(
+        [
+            torch.stack([logs[column][row, value] for column, value in facts_of(parse(c))]).sum()
+            for row, c in enumerate(captions)
+        ]
+    )
+
+
+def junk(
+    pictures: Float[Tensor, "b 3 h w"], generator: torch.Generator
+) -> Float[Tensor, "b 3 h w"]:
+    """Pictures that show no scene: noise, empty grounds, shuffled patches, blends of two."""
+    n, _, h, w = pictures.shape
+    kind = torch.randint(4, (n,), generator=generator)
+    out = pictures.clone()
+    noise = torch.randn(n, 3, h // 4, w // 4, generator=generator)
+    out[kind == 0] = F.interpolate(noise, (h, w), mode="bilinear").clamp(-1, 1)[kind == 0]
+    out[kind == 1] = pictures[:, :, :1, :1].expand(n, 3, h, w)[kind == 1]
+    side = h // 4
+    patches = pictures.unfold(2, side, side).unfold(3, side, side).flatten(2, 3)
+    mixed = patches[:, :, torch.randperm(16, generator=generator)]  # (n, 3, 16, side, side)
+    mixed = mixed.unflatten(2, (4, 4)).permute(0, 1, 2, 4, 3, 5).reshape(n, 3, h, w)
+    out[kind == 2] = mixed[kind == 2]
+    other = pictures[torch.randperm(n, generator=generator)]
+    out[kind == 3] = (0.5 * pictures + 0.5 * other)[kind == 3]
+    return out

@@ -1,0 +1,292 @@
+"""The house keeps its own promises: one address, honest sizes, tidy imports, true tables."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import readme_table
+import sync_address
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "t2ilearn"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+MIB = 2**20
+MODELS = {"layers", "vqvae", "prior"}  # a chapter's model file
+# Colab's own versions in August 2026 (Python 3.12): installing must not replace any of them.
+COLAB = {
+    "torch": "2.11",
+    "torchvision": "0.26",
+    "numpy": "2.1",
+    "ipywidgets": "7.7.1",
+    "anywidget": "0.9.21",
+}
+
+
+def own_files() -> list[Path]:
+    """What a clone would hold: tracked files, and new ones that git does not ignore."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    paths = [ROOT / name for name in listed.decode().split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def mebibytes(paths) -> float:
+    """Their size together, in MiB."""
+    return sum(path.stat().st_size for path in paths) / MIB
+
+
+def requirement(text: str) -> tuple[str, str]:
+    """'numpy>=1.26' → ('numpy', '>=1.26')."""
+    name, bounds = re.fullmatch(r"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?(.*)", text).groups()
+    return name, bounds.strip()
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names that a file imports; a relative import is spelt out."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = path.relative_to(ROOT).parent.parts
+            base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+# ---------------------------------------------------------------- installing
+
+
+def test_core_only_sets_lower_bounds_that_colab_meets():
+    for text in PROJECT["dependencies"]:
+        name, bounds = requirement(text)
+        assert re.fullmatch(r">=[\d.]+", bounds), f"{text}: the core sets lower bounds only"
+        if name in COLAB:
+            wanted, there = (tuple(map(int, v.split("."))) for v in (bounds[2:], COLAB[name]))
+            assert wanted <= there, f"{text} would replace Colab's {COLAB[name]}"
+
+
+def test_extras_are_the_promised_ones():
+    assert set(PROJECT["optional-dependencies"]) == {
+        *("lab", "book", "train", "test", "peers", "dev"),
+    }
+    assert "sphinx-book-theme<1.3" in PROJECT["optional-dependencies"]["book"]
+
+
+def test_environment_yml_agrees_with_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["name"] == PROJECT["name"]
+    assert environment["channels"][0] == "conda-forge"
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert {re.split("[=<>]", entry)[0] for entry in conda} == {"python", "pip"}
+    (python,) = (entry for entry in conda if entry.startswith("python"))
+    least = re.fullmatch(r">=(\d+)\.(\d+)", PROJECT["requires-python"]).groups()
+    assert tuple(map(int, python.split("=")[1].split("."))) >= tuple(map(int, least))
+    assert f"Programming Language :: Python :: {python.split('=')[1]}" in PROJECT["classifiers"]
+    # Everything else comes from pyproject.toml, so that nothing is listed twice.
+    assert len(pip) == 1
+    extras = re.fullmatch(r"-e \.\[([\w,]+)\]", pip[0]).group(1).split(",")
+    assert set(extras) <= set(PROJECT["optional-dependencies"]) and "lab" in extras
+
+
+def test_version_is_the_same_everywhere():
+    version = re.search(
+        r'__version__ = "([^"]+)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    ).group(1)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize(
+    ("fails_on", "said"),
+    [("ensurepip", "sudo apt install python3-venv"), ("version_info", "Python 3.11 or newer")],
+)
+def test_make_says_what_python_lacks(tmp_path, fails_on, said):
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\ncase "$2" in *{fails_on}*) exit 1;; esac\n', encoding="utf-8")
+    fake.chmod(0o755)
+    command = ["make", "lab", f"PYTHON={fake}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and said in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_draw_without_a_caption_says_how(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    (tmp_path / ".has-core").touch()
+    environment = {k: v for k, v in os.environ.items() if k != "CAPTION"}
+    done = subprocess.run(
+        ["make", "draw", f"VENV={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode != 0 and 'make draw CAPTION="' in done.stderr
+
+
+# ---------------------------------------------------------------- one address
+
+
+def test_the_address_agrees_everywhere():
+    url = sync_address.address()
+    assert PROJECT["urls"]["Repository"] == url
+    for path in sync_address.derived_files():
+        text = path.read_text(encoding="utf-8")
+        assert sync_address.derive(text, url) == text, (
+            f"{path.relative_to(ROOT)} has another address: run python tools/sync_address.py"
+        )
+
+
+def test_a_new_address_reaches_every_derived_place():
+    new = "https://github.com/someone/pictures-from-words"
+    old = sync_address.address().removeprefix("https://github.com/")
+    for path in sync_address.derived_files():
+        moved = sync_address.derive(path.read_text(encoding="utf-8"), new)
+        assert old not in moved, f"{path.relative_to(ROOT)} keeps the old address somewhere"
+    for name in ("README.md", "_config.yml", "CITATION.cff"):
+        moved = sync_address.derive((ROOT / name).read_text(encoding="utf-8"), new)
+        assert "someone/pictures-from-words" in moved
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_a_clone_is_small():
+    files = own_files()
+    assert mebibytes(files) < 80
+    assert mebibytes(PACKAGE.glob("assets/**/*")) < 48
+    assert mebibytes(path for path in files if "tiny" in path.stem and ".safe" in path.name) <= 2
+    assert mebibytes(path for path in files if path.suffix == ".ipynb") < 8
+    assert mebibytes(path for path in files if "vendor" in path.parts) < 6
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no docstrings, comments or blank lines."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    prose: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                prose |= set(range(first.lineno, first.end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(
+        1 for n, s in lines if n not in prose and s.strip() and not s.strip().startswith("#")
+    )
+
+
+def test_the_package_stays_compact():
+    lines = {path: code_lines(path) for path in PACKAGE.rglob("*.py")}
+    assert sum(n for path, n in lines.items() if path.stem in MODELS) < 2000
+    assert sum(lines.values()) < 4500
+
+
+# ---------------------------------------------------------------- imports and files
+
+
+def test_the_package_imports_only_what_the_core_declares():
+    declared = {requirement(text)[0] for text in PROJECT["dependencies"]}
+    names = {"pillow": "PIL"}
+    allowed = {names.get(name, name) for name in declared} | set(sys.stdlib_module_names)
+    for path in PACKAGE.rglob("*.py"):
+        foreign = {name.split(".")[0] for name in imports_of(path)} - allowed - {"t2ilearn"}
+        # click is typer's own parser and IPython comes with ipywidgets.
+        assert foreign <= {"click", "IPython"}, f"{path.name} imports {foreign}"
+
+
+def test_arrows_point_one_way():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    arrows = {name: imports_of(path) & set(modules) - {name} for name, path in modules.items()}
+    # The package's front door re-exports from within; rooms are judged among themselves.
+    arrows.pop("t2ilearn")
+    for name, targets in arrows.items():
+        if name.removeprefix("t2ilearn.") in MODELS:
+            allowed = {f"t2ilearn.{model}" for model in MODELS} | {"t2ilearn"}
+            assert targets <= allowed, f"{name} is a model file and imports {targets - allowed}"
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"imports in a circle: {' → '.join((*trail, name))}"
+        if name not in done:
+            for target in sorted(arrows.get(name, set()) - {"t2ilearn", "t2ilearn.data"}):
+                walk(target, (*trail, name))
+            done.add(name)
+
+    for name in arrows:
+        walk(name, ())
+
+
+def test_no_pickle_and_every_open_names_its_encoding():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        assert not imports_of(path) & {"pickle", "dill", "cloudpickle"}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            binary = any(
+                isinstance(arg, ast.Constant) and isinstance(arg.value, str) and "b" in arg.value
+                for arg in [*node.args[:2], *(k.value for k in node.keywords if k.arg == "mode")]
+            )
+            is_open = isinstance(node.func, ast.Name) and name == "open" and not binary
+            if is_open or name in ("read_text", "write_text"):
+                assert any(k.arg == "encoding" for k in node.keywords), f"{path}:{node.lineno}"
+
+
+def test_no_paths_of_one_machine():
+    home = re.compile(r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+|opt/\w+|tmp/\w+)/")
+    for path in own_files():
+        if path.suffix in {".py", ".md", ".yml", ".toml", ".cff", ".ipynb", ".json", ".cfg", ""}:
+            if "vendor" in path.parts or path == Path(__file__).resolve():
+                continue
+            found = home.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{path.relative_to(ROOT)} holds {found[0]}"
+
+
+# ---------------------------------------------------------------- what the README says
+
+
+def test_readme_shows_the_two_commands_and_links_to_what_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "git clone --depth 1 " in readme and "make lab" in readme and "make test" in readme
+    for target in re.findall(r"\]\(((?!https?:|#)[^)\s]+)\)", readme):
+        assert (ROOT / target.split("#")[0]).exists(), f"README links to a missing {target}"
+
+
+def test_readme_table_is_what_the_cards_say():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme_table.rewrite(readme) == readme, "run python tools/readme_table.py"
+
+
+def test_chapters_carry_outputs_and_no_errors():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    for name in (entry["file"] for part in toc["parts"] for entry in part["chapters"]):
+        if (ROOT / f"{name}.md").exists():
+            continue
+        path = ROOT / f"{name}.ipynb"
+        assert path.exists(), f"_toc.yml names {name}, which does not exist"
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+        outputs = [output for cell in code for output in cell["outputs"]]
+        assert outputs, f"{path.name} has no stored outputs: run make notebooks"
+        assert not any(output["output_type"] == "error" for output in outputs), path.name

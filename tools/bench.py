@@ -1,0 +1,179 @@
+"""Measure the times and the memory that this project promises, and print them beside the bars.
+
+    python tools/bench.py            # a minute or two; exit 1 if a bar does not hold
+    python tools/bench.py --train    # also trains `tiny` from nothing (up to fifteen minutes)
+
+Every figure is the median of several runs, or a fresh process where an import or peak memory is
+measured, on as many threads as there are cores. A machine busy with something else is slower.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+CAPTION = "a small red star above a large striped blue ring"
+COMMAND = (sys.executable, "-m", "t2ilearn")
+
+
+class Row(NamedTuple):
+    """One measurement: what, its value, its bar, its unit, and whether more is better."""
+
+    what: str
+    value: float
+    bar: float
+    unit: str
+    more: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value meets its bar."""
+        return self.value >= self.bar if self.more else self.value <= self.bar
+
+
+def median_seconds(work: Callable[[], object], repeat: int = 5) -> float:
+    """The median duration of work, after one run to warm up."""
+    work()
+    seconds = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def run_measured(*command: str) -> tuple[float, float]:
+    """Seconds and peak resident GiB of a fresh process (nan memory where the system hides it)."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = process.stderr.read()
+    if hasattr(os, "wait4"):
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, else KiB
+        memory = usage.ru_maxrss * unit / 1e9
+    else:
+        process.wait()
+        memory = float("nan")
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{said.decode()}")
+    return time.perf_counter() - began, memory
+
+
+def imports() -> Iterator[Row]:
+    """What `import t2ilearn` and `t2ilearn --help` cost beyond torch's own import."""
+
+    def once(code: str) -> float:
+        timed = f"import time; b = time.perf_counter(); {code}; print(time.perf_counter() - b)"
+        command = [sys.executable, "-c", timed]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    beyond = statistics.median(once("import torch; b = time.perf_counter(); import t2ilearn")
+                               for _ in range(5))  # fmt: skip
+    yield Row("import t2ilearn, beyond torch", beyond, 0.3, "s")
+    help_seconds = statistics.median(run_measured(*COMMAND, "--help")[0] for _ in range(5))
+    yield Row("t2ilearn --help, whole process", help_seconds, 0.5, "s")
+
+
+def renderer() -> Iterator[Row]:
+    """Pictures a second at 64×64."""
+    import torch
+
+    from t2ilearn.data.shapes import Shapes
+
+    world, n = Shapes(resolution=64), 2000
+    seconds = median_seconds(lambda: world.sample(n, generator=torch.Generator().manual_seed(0)))
+    yield Row("renderer at 64×64", n / seconds, 2000, "pictures/s", more=True)
+
+
+def cache() -> Iterator[Row]:
+    """Sampling 64 tokens at batch 4 with 7 M parameters: with cache, without, and GPT-2's."""
+    import torch
+
+    from t2ilearn.prior import PriorConfig, TransformerPrior, sample
+
+    torch.manual_seed(0)
+    config = PriorConfig(codes=1024, length=64, width=256, depth=8, heads=8)
+    model = TransformerPrior(config).eval()
+    caption = torch.randint(3, config.vocabulary, (4, config.text_length))
+
+    def draw(use_cache: bool) -> Callable[[], object]:
+        return lambda: sample(
+            model, caption, generator=torch.Generator().manual_seed(0), use_cache=use_cache
+        )
+
+    with_cache, without = median_seconds(draw(True)), median_seconds(draw(False), repeat=3)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    yield Row(f"sampling, {size:.1f} M, without / with cache", without / with_cache, 3, "×", True)
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        print("(transformers is not installed: no comparison with GPT-2's generate)")
+        return
+    peer = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=1024,
+            n_positions=128,
+            n_embd=256,
+            n_layer=8,
+            n_head=8,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    ).eval()
+    prompt = caption.clamp(max=1023)
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": True, "use_cache": True}
+    mask = torch.ones_like(prompt)
+    theirs = median_seconds(lambda: peer.generate(prompt, attention_mask=mask, **options))
+    yield Row("sampling with cache", with_cache, theirs, "s (bar: GPT-2 generate, same run)")
+
+
+def draw() -> Iterator[Row]:
+    """Four pictures with the shipped weights: seconds after import, and a process's memory."""
+    import t2ilearn
+
+    count = {"count": 4, "seed": 0}
+    yield Row(
+        "draw, four pictures", median_seconds(lambda: t2ilearn.draw(CAPTION, **count)), 3, "s"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "drawing.png")
+        _, memory = run_measured(*COMMAND, "draw", CAPTION, "--count", "4", "--out", out)
+    yield Row("draw, peak memory of the process", memory, 1.2, "GB")
+
+
+def training() -> Iterator[Row]:
+    """`tiny` VQ-VAE and prior from nothing: minutes together, and the larger peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [
+            run_measured(*COMMAND, "train", system, "--preset", "tiny", "--out", folder)
+            for system in ("vqvae", "prior")
+        ]
+    yield Row("tiny VQ-VAE and prior, training", sum(s for s, _ in runs) / 60, 15, "minutes")
+    yield Row("tiny training, peak memory", max(memory for _, memory in runs), 3, "GB")
+
+
+def main() -> int:
+    """Print each row as it is measured."""
+    parts = [imports, renderer, cache, draw]
+    parts += [training] if "--train" in sys.argv[1:] else []
+    fails = 0
+    print(f"{'':44}{'measured':>10}{'bar':>9}")
+    for part in parts:
+        for row in part():
+            sign, word = ("≥" if row.more else "≤"), ("" if row.holds else "  MISSED")
+            fails += not row.holds
+            print(
+                f"{row.what:44}{row.value:10.2f}  {sign}{row.bar:6.4g} {row.unit}{word}", flush=True
+            )
+    return int(fails > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
