@@ -11,6 +11,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 ifdef CPU
 PIP_INSTALL += --extra-index-url https://download.pytorch.org/whl/cpu
 endif
+# This machine only; the token that JupyterLab makes stays on. Root, as in a container, must be told.
+LAB_OPTIONS = --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) \
+  --LabApp.default_url=/lab/tree/notebooks/01_pictures.ipynb \
+  $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 export CAPTION
 
@@ -52,16 +56,16 @@ $(VENV)/.has-book: pyproject.toml | $(BIN)/python
 
 $(VENV)/.has-test: pyproject.toml | $(BIN)/python
 	@echo 'Installing t2ilearn, its tests and its peers into $(VENV) (several minutes) ...'
-	$(PIP_INSTALL) -e '.[book,test,peers]'
-	@touch $(VENV)/.has-core $(VENV)/.has-book $@
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $(VENV)/.has-core $(VENV)/.has-lab $(VENV)/.has-book $@
 
 # Jupyter shows stored widgets and HTML only in notebooks that this user has signed.
 $(VENV)/.trusted: $(NOTEBOOKS) | $(VENV)/.has-lab
-	@$(BIN)/jupyter trust $(NOTEBOOKS) >/dev/null
+	@$(if $(NOTEBOOKS),$(BIN)/jupyter trust $(NOTEBOOKS) >/dev/null)
 	@touch $@
 
 lab: $(VENV)/.has-lab $(VENV)/.trusted
-	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) notebooks/01_pictures.ipynb
+	$(BIN)/jupyter lab $(LAB_OPTIONS)
 
 check: $(VENV)/.has-test
 	$(BIN)/ruff check .

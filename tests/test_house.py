@@ -10,10 +10,13 @@ import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbformat.v4 import new_code_cell, new_notebook
 
 import readme_table
+import run_notebooks
 import sync_address
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -290,3 +293,26 @@ def test_chapters_carry_outputs_and_no_errors():
         outputs = [output for cell in code for output in cell["outputs"]]
         assert outputs, f"{path.name} has no stored outputs: run make notebooks"
         assert not any(output["output_type"] == "error" for output in outputs), path.name
+
+
+def test_notebooks_are_stored_with_the_same_bytes_twice(tmp_path, monkeypatch):
+    cells = [
+        "import ipywidgets\nipywidgets.IntSlider()",
+        "import matplotlib.pyplot as plt\nplt.plot([1, 2]);",
+        "import tqdm\nprint(sum(tqdm.tqdm(range(9))), hash('words'), object())",
+    ]
+    for name, value in run_notebooks.PINNED.items():
+        monkeypatch.setenv(name, value)
+    path, seen = tmp_path / "toy.ipynb", []
+    notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"toy-{number}"
+    for _ in range(2):
+        path.write_text(nbformat.writes(notebook), encoding="utf-8")
+        run_notebooks.execute(path)
+        seen.append(path.read_bytes())
+    assert seen[0] == seen[1]
+    stored = nbformat.reads(seen[0].decode(), as_version=4)
+    assert stored.metadata.widgets and not any(
+        "stderr" == o.get("name") for c in stored.cells for o in c.outputs
+    )

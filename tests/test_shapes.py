@@ -19,7 +19,7 @@ WORLDS = (Shapes(), TinyShapes())
 @pytest.mark.parametrize("world", WORLDS, ids=lambda w: w.name)
 @pytest.mark.parametrize("said", [1.0, 0.5])
 def test_every_caption_parses_back_to_its_scene(world, said, generator):
-    scenes = world.scenes(1500, generator=generator)
+    scenes = world.scenes(500, generator=generator)
     captions = world.captions(scenes, said=said, generator=generator)
     for scene, caption in zip(scenes.tolist(), captions, strict=True):
         stated = parse(caption)
@@ -31,7 +31,7 @@ def test_every_caption_parses_back_to_its_scene(world, said, generator):
 
 def test_a_caption_does_not_match_another_scene(generator):
     """Change any one attribute that a full caption states, and the match is gone."""
-    scenes = Shapes().scenes(200, generator=generator)
+    scenes = Shapes().scenes(60, generator=generator)
     captions = Shapes().captions(scenes, said=1.0, generator=generator)
     for scene, caption in zip(scenes.tolist(), captions, strict=True):
         for column, value in enumerate(scene):
@@ -59,7 +59,7 @@ def test_no_training_picture_or_caption_holds_a_held_out_pair(world, generator):
     scenes = world.scenes(20_000, generator=generator)
     assert not shapes.holds_held_out_pair(scenes).any()
     pairs = {(words.COLOURS[c], words.SHAPES[s]) for c, s in shapes.HELD_OUT}
-    for caption in world.mixed_captions(scenes, generator):
+    for caption in world.mixed_captions(scenes[:1500], generator):
         assert not {(thing.colour, thing.shape) for thing in parse(caption).objects} & pairs
 
 
@@ -93,7 +93,7 @@ def test_test_sets_repeat_and_have_the_stated_mix():
     assert abs(two - 0.7) < 4 * math.sqrt(0.21 / 2000)
     assert all(
         thing.size and thing.pattern and thing.colour
-        for c in captions
+        for c in captions[:500]
         for thing in parse(c).objects
     )
 
@@ -169,7 +169,7 @@ def _lab(linear):
 def test_colours_are_distinct_also_to_colour_blind_readers(matrix):
     lab = _lab(_colour_blind(shapes.PALETTE, matrix))
     apart = torch.cdist(lab, lab) + 1e3 * torch.eye(8)
-    assert apart.min() > 10, apart.min()
+    assert apart.min() > 15, apart.min()
 
 
 def test_encode_pads_and_ends():
@@ -180,7 +180,7 @@ def test_encode_pads_and_ends():
     null = null_caption(3)
     assert (null[:, 0] == words.NULL).all() and (null[:, 1] == words.END).all()
     longest = Shapes().captions(
-        Shapes().scenes(5000, generator=torch.Generator().manual_seed(5)),
+        Shapes().scenes(2000, generator=torch.Generator().manual_seed(5)),
         said=1.0,
         generator=torch.Generator().manual_seed(5),
     )
@@ -259,8 +259,6 @@ def test_unknown_words_list_the_nearest():
         parse("a purpel star")
     with pytest.raises(CaptionError, match="triangle"):
         parse("a red traingle")
-    with pytest.raises(CaptionError, match="not int"):
-        parse(3)
 
 
 @given(st.lists(st.sampled_from(words.VOCABULARY[3:]), min_size=1, max_size=20))

@@ -34,11 +34,30 @@ def rewrite(readme: str) -> str:
     return re.sub(pattern, lambda _: f"{START}\n\n{body}\n\n{STOP}", readme, flags=re.DOTALL)
 
 
+def figure(value: object) -> str:
+    """A metric as a person reads it: a share with its interval, or a number of few digits."""
+    if isinstance(value, dict) and {"value", "half_width"} <= set(value):
+        return f"{100 * value['value']:.1f} ± {100 * value['half_width']:.1f} %"
+    if isinstance(value, dict) and {"value", "low", "high"} <= set(value):
+        return f"{value['value']:.4g} ({value['low']:.4g} … {value['high']:.4g})"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {figure(part)}" for name, part in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def table(found: dict[str, dict]) -> list[str]:
-    """The table's lines."""
+    """The table's lines: one row for each of the shipped weights."""
     if not found:
         return ["No weights ship yet."]
-    return []
+    lines = [
+        "| weights | parameters | trained on | measured, with 95 % intervals |",
+        "|---|---|---|---|",
+    ]
+    for name, card in found.items():
+        metrics = "<br>".join(f"{what}: {figure(v)}" for what, v in card["metrics"].items())
+        trained = f"{card['device']}, {card['minutes']:g} min"
+        lines.append(f"| `{name}` | {card['parameters'] / 1e6:.2f} M | {trained} | {metrics} |")
+    return lines
 
 
 def main() -> int:

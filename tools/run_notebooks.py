@@ -8,6 +8,7 @@ library's version, and no record of this machine's Python.
 """
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -24,16 +25,20 @@ PINNED = {
 }
 # Runs in the kernel before the first cell.
 PRELUDE = """
-import itertools as _i, types as _t
-import comm.base_comm as _c
-_c.uuid = _t.SimpleNamespace(uuid4=lambda n=_i.count(1): _t.SimpleNamespace(hex=f"{next(n):032x}"))
+def _number_widgets():
+    import itertools, types
+    import comm.base_comm
+    numbers = itertools.count(1)
+    uuid4 = lambda: types.SimpleNamespace(hex=f"{next(numbers):032x}")
+    comm.base_comm.uuid = types.SimpleNamespace(uuid4=uuid4)
+_number_widgets()
 import matplotlib as _m
 _m.rcParams["svg.hashsalt"] = "t2ilearn"
 from matplotlib_inline.config import InlineBackend as _b
 _b.instance(parent=get_ipython()).print_figure_kwargs = {
     "bbox_inches": "tight", "metadata": {"Software": None}
 }
-del _i, _t, _c, _m, _b
+del _number_widgets, _m, _b
 """
 
 
@@ -47,6 +52,13 @@ class Client(NotebookClient):
         if reply["content"]["status"] != "ok":
             raise RuntimeError("\n".join(reply["content"]["traceback"]))
         return client
+
+
+def forget_addresses(output: nbformat.NotebookNode) -> None:
+    """Replace memory addresses, as in "<Figure at 0x7f46…>", in an output's text by 0x0."""
+    for holder, key in ((output, "text"), (output.get("data", {}), "text/plain")):
+        if key in holder:
+            holder[key] = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x0", holder[key])
 
 
 def execute(path: Path) -> None:
@@ -67,6 +79,9 @@ def execute(path: Path) -> None:
         resources={"metadata": {"path": str(path.parent)}},
     )
     client.execute()
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            forget_addresses(output)
     notebook.metadata["kernelspec"] = {
         "display_name": "Python 3",
         "language": "python",

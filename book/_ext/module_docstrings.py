@@ -6,12 +6,18 @@ for someone who reads the file. Set as a literal block, the API page shows the s
 
 
 def keep_layout(app, what, name, obj, options, lines) -> None:
-    """Turn a module's docstring (lines, changed in place as Sphinx asks) into a literal block."""
+    """Turn a module's docstring (lines, changed in place as Sphinx asks) into a literal block.
+
+    Fields of NamedTuples lose Python's own "Alias for field number 0", which says nothing.
+    """
     if what == "module" and any(lines):
         title, *rest = lines
         lines[:] = [title, ""]
         if any(rest):
-            lines += ["::", "", *(f"    {line}" for line in rest), ""]
+            lines += [".. code-block:: none", "   :class: module-docstring", ""]
+            lines += [f"   {line}" for line in rest] + [""]
+    elif lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
 
 
 def setup(app) -> dict:

@@ -39,14 +39,14 @@ TEST_SETS = ("test-full", "test-partial", "composition")
 # sRGB; lightness differs wherever hue alone would fail a colour-blind reader.
 PALETTE = torch.tensor(
     [
-        (214, 30, 44),  # red
-        (245, 130, 15),  # orange
-        (252, 224, 30),  # yellow
-        (20, 125, 62),  # green
-        (40, 78, 225),  # blue
-        (126, 40, 168),  # purple
-        (255, 148, 205),  # pink
-        (104, 58, 26),  # brown
+        (205, 22, 30),  # red
+        (240, 130, 10),  # orange
+        (252, 236, 40),  # yellow
+        (18, 140, 80),  # green
+        (40, 72, 228),  # blue
+        (140, 40, 165),  # purple
+        (255, 155, 208),  # pink
+        (88, 54, 40),  # brown
     ]
 ).float()
 GROUNDS = torch.tensor([(250, 250, 250), (16, 16, 18), (138, 138, 142), (160, 214, 246)]).float()
@@ -109,7 +109,7 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _diamond(x: Tensor, y: Tensor) -> Tensor:
-    return (x.abs() / 0.68 + y.abs() / 1.05 - 1) * 0.57
+    return (x.abs() / 0.68 + y.abs() - 1) * 0.57
 
 
 _DISTANCE: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
@@ -196,9 +196,9 @@ def _render(scenes: Tensor, resolution: int, generator: torch.Generator) -> Tens
         if not len(rows):
             continue
         things, shake, two = scenes[rows, columns], jitter[rows, slot], pair[rows]
-        radius = torch.where(things[:, 0] == 0, 0.27, 0.45) * (1 + 0.06 * shake[:, 2])
-        room = torch.where(things[:, 0] == 0, 0.12, 0.02)
-        along = two * (slot - 0.5) * 1.0 + (two * room + (1 - two) * 0.35) * shake[:, 0]
+        radius = torch.where(things[:, 0] == 0, 0.27, 0.44) * (1 + 0.04 * shake[:, 2])
+        room = torch.where(things[:, 0] == 0, 0.12, 0.01)
+        along = two * (slot - 0.5) * 0.98 + (two * room + (1 - two) * 0.35) * shake[:, 0]
         across = 0.3 * shake[:, 1]
         axis = scenes[rows, 1]
         centre = torch.where(
