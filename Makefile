@@ -18,7 +18,7 @@ LAB_OPTIONS = --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) \
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 export CAPTION
 
-.PHONY: help lab test book draw notebooks train bench check clean
+.PHONY: help lab test book draw notebooks train bench check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,7 +28,8 @@ help:
 	@echo 'make book                   the book as pages under _build/html'
 	@echo 'make notebooks              run every chapter anew and store its outputs'
 	@echo 'make train PRESET=tiny      train the first system (PRESET=book wants a GPU)'
-	@echo 'make bench                  measure the times and the memory that the README states'
+	@echo 'make format                 what ruff can mend by itself'
+	@echo 'make bench                  measure the promised times and memory against their bars'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -71,6 +72,10 @@ check: $(VENV)/.has-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: $(VENV)/.has-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 test: check
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --nbval --nbval-current-env \

@@ -1,8 +1,8 @@
 """From a caption to pictures, with the weights that ship.
 
-    drawing = draw("a small red star above a large striped blue ring", seed=1)
-    drawing.save("star.png")        # the file remembers caption, system, seed and weights
-    redraw("star.png")              # and can be drawn again, pixel for pixel
+drawing = draw("a small red star above a large striped blue ring", seed=1)
+drawing.save("star.png")        # the file remembers caption, system, seed and weights
+redraw("star.png")              # and can be drawn again, pixel for pixel
 """
 
 import base64
@@ -211,9 +211,7 @@ def draw(
         ValueError: if an argument is out of its range.
         WeightsError: if weights are missing or damaged.
     """
-    request = Request(
-        caption, system, seed, count, guidance_scale, best_of, temperature, top_p
-    )
+    request = Request(caption, system, seed, count, guidance_scale, best_of, temperature, top_p)
     request.check()
     loaded = load_system(system)
     n = count * best_of

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -156,6 +156,7 @@ def contact_sheet(pictures: Float[Tensor, "b 3 h w"]) -> Image.Image:
     return Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
 
 
+@runtime_checkable
 class Average(Protocol):
     """What a run needs of the averaged weights: `training.AveragedWeights`."""
 

@@ -37,9 +37,7 @@ class KVCache:
         batch, heads, length, head_width: sizes of the buffers (B, h, T, D / h).
     """
 
-    def __init__(
-        self, batch: int, heads: int, length: int, head_width: int, like: Tensor
-    ) -> None:
+    def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor) -> None:
         self.keys = like.new_zeros(batch, heads, length, head_width)
         self.values = torch.zeros_like(self.keys)
         self.length = 0

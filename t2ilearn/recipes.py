@@ -45,7 +45,7 @@ class Recipe:
 
 
 WORDS = 42  # len(data.captions.VOCABULARY); a test holds the two together
-_TINY_VQVAE = VQVAEConfig(resolution=32, channels=(32, 64), blocks=1, codes=64, code_dim=16)
+_TINY_VQVAE = VQVAEConfig(resolution=32, channels=(32, 64), blocks=1, codes=256, code_dim=16)
 _BOOK_VQVAE = VQVAEConfig(resolution=64, channels=(32, 64, 128), blocks=2, codes=512, code_dim=32)
 
 RECIPES: dict[tuple[str, str], Recipe] = {
@@ -61,7 +61,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("vqvae", "book"): Recipe(Shapes(), _BOOK_VQVAE, TrainConfig(4000, 64, 1e-3, ema_decay=0.998)),
     ("prior", "tiny"): Recipe(
         TinyShapes(),
-        PriorConfig(codes=64, length=64, width=96, depth=3, heads=4, vocabulary=WORDS),
+        PriorConfig(codes=256, length=64, width=96, depth=3, heads=4, vocabulary=WORDS),
         TrainConfig(1200, 64, 2e-3, ema_decay=0.99),
     ),
     ("prior", "book"): Recipe(

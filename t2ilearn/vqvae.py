@@ -248,9 +248,7 @@ class VQVAE(nn.Module):
             self.quantizer.replace(torch.arange(len(rows)), rows)
 
 
-def vqvae_loss(
-    x: Float[Tensor, "b 3 h w"], output: VQVAEOutput, beta: float = 0.25
-) -> VQVAELoss:
+def vqvae_loss(x: Float[Tensor, "b 3 h w"], output: VQVAEOutput, beta: float = 0.25) -> VQVAELoss:
     """The three terms of Eq. 3. A moving-average codebook takes no gradient: its term is shown,
     and moves nothing."""
     reconstruction = F.mse_loss(output.reconstruction.float(), x)

@@ -5,6 +5,7 @@ import torch
 
 from t2ilearn.data import Shapes, TinyShapes
 from t2ilearn.data import shapes as world
+from t2ilearn.data.captions import parse
 from t2ilearn.drawing import load_reader
 from t2ilearn.reader import (
     UNREADABLE,
@@ -17,7 +18,6 @@ from t2ilearn.reader import (
     reader_loss,
     score,
 )
-from t2ilearn.data.captions import parse
 
 SMALL = ReaderConfig(resolution=32, channels=(16, 32), features=64)
 

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -161,7 +160,10 @@ def _paint(
     n, _, size, _ = canvas.shape
     grid = (torch.arange(size) + 0.5) * (2 / size) - 1
     dx, dy = grid[None, None] - centre[:, :1, None], grid[None, :, None] - centre[:, 1:, None]
-    cos, sin = (torch.cos(angle) / radius)[:, None, None], (torch.sin(angle) / radius)[:, None, None]
+    cos, sin = (
+        (torch.cos(angle) / radius)[:, None, None],
+        (torch.sin(angle) / radius)[:, None, None],
+    )
     x, y = cos * dx + sin * dy, cos * dy - sin * dx  # (n, h, w), object units
     pixels = (radius * size / 2)[:, None, None]  # pixels in one object unit
     inside = torch.empty(n, size, size)
@@ -198,14 +200,14 @@ def _render(scenes: Tensor, resolution: int, generator: torch.Generator) -> Tens
         things, shake, two = scenes[rows, columns], jitter[rows, slot], pair[rows]
         radius = torch.where(things[:, 0] == 0, 0.27, 0.44) * (1 + 0.04 * shake[:, 2])
         room = torch.where(things[:, 0] == 0, 0.12, 0.01)
-        along = two * (slot - 0.5) * 0.98 + (two * room + (1 - two) * 0.35) * shake[:, 0]
-        across = 0.3 * shake[:, 1]
+        along = two * (slot - 0.5) * 0.98 + (two * room + (1 - two) * 0.2) * shake[:, 0]
+        across = 0.2 * shake[:, 1]
         axis = scenes[rows, 1]
         centre = torch.where(
             (axis == 0)[:, None], torch.stack([across, along], 1), torch.stack([along, across], 1)
         )
         part = canvas[rows]
-        _paint(part, things, centre, radius, 0.16 * shake[:, 3])
+        _paint(part, things, centre, radius, 0.12 * shake[:, 3])
         canvas[rows] = part
     return canvas.div_(127.5).sub_(1)
 
@@ -270,9 +272,7 @@ def state(scene: list[int], swap: bool, keep: list[bool]) -> Stated:
     first = thing(OBJECT_1, keep[1:4])
     if scene[0] == 0:
         return Stated((first,), None, background)
-    stated = Stated(
-        (first, thing(OBJECT_2, keep[4:7])), ("above", "left of")[scene[1]], background
-    )
+    stated = Stated((first, thing(OBJECT_2, keep[4:7])), ("above", "left of")[scene[1]], background)
     if swap:
         relation = words.INVERSE[("above", "left of")[scene[1]]]
         return Stated(stated.objects[::-1], relation, background)
@@ -336,9 +336,7 @@ class Shapes:
         rows = zip(scenes.tolist(), swap, keep, template, strict=True)
         return [words.describe(state(scene, s, k), t) for scene, s, k, t in rows]
 
-    def sample(
-        self, n: int, split: str = "train", *, generator: torch.Generator
-    ) -> PictureBatch:
+    def sample(self, n: int, split: str = "train", *, generator: torch.Generator) -> PictureBatch:
         """n pictures and captions; half of the captions say everything, half leave things out."""
         scenes = self.scenes(n, split, generator=generator)
         return PictureBatch(
@@ -392,7 +390,9 @@ class TinyShapes(Shapes):
         scenes[:, 0], scenes[:, 1], scenes[:, 4], scenes[:, 7:] = 0, -1, 0, -1
         pick = torch.randint(4, (n, 2), generator=generator)
         if split == "composition":  # the only held-out pairs with a colour and a shape from here
-            pairs = torch.tensor([p for p in HELD_OUT if p[0] in self.COLOURS and p[1] in self.SHAPES])
+            pairs = torch.tensor(
+                [p for p in HELD_OUT if p[0] in self.COLOURS and p[1] in self.SHAPES]
+            )
             scenes[:, 5:7] = pairs[pick[:, 0] % len(pairs)]
         else:
             scenes[:, 5] = torch.tensor(self.COLOURS)[pick[:, 0]]
