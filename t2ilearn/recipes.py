@@ -73,6 +73,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 
 _CODES_PER_WORLD = {"tiny-shapes": 8_000, "shapes": 60_000}
 TEST_PICTURES = 5_000
+REVIVE_EVERY = 25  # steps; late in training the codebook is left in peace
 
 
 def train_system(
@@ -189,11 +190,12 @@ def _reader(
         return reader_loss(model(pictures), facts)
 
     torch.manual_seed(recipe.train.seed)
+    reader = Reader(recipe.model)
     result = train(
-        Reader(recipe.model), make_batch, compute_loss, recipe.train, run_dir,
+        reader, make_batch, compute_loss, recipe.train, run_dir,
         precision=precision, progress=progress,
     )  # fmt: skip
-    return result, evaluate_reader(result.model, world)
+    return result, evaluate_reader(reader, world)
 
 
 def evaluate_reader(reader: Reader, world: Shapes, n: int = 2000) -> dict:
@@ -234,15 +236,19 @@ def _vqvae(
     def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
         return vqvae_loss(batch, model(batch), beta=recipe.model.beta)
 
+    def revive(_: nn.Module, batch: Any, step: int, generator: torch.Generator) -> None:
+        if step % REVIVE_EVERY == 0 and step < 0.7 * recipe.train.steps:
+            model.revive(batch, generator)
+
     start = make_batch(0, torch.Generator().manual_seed(recipe.train.seed))
     model.kmeans_start(start, torch.Generator().manual_seed(recipe.train.seed))
     examples = world.test_set("test-full", 8).pictures
     result = train(
-        model, make_batch, compute_loss, recipe.train, run_dir,
-        draw_samples=lambda m: torch.cat([examples, m.decode_tokens(m.tokens(examples))]),
+        model, make_batch, compute_loss, recipe.train, run_dir, after_step=revive,
+        draw_samples=lambda _: torch.cat([examples, model.decode_tokens(model.tokens(examples))]),
         precision=precision, progress=progress,
     )  # fmt: skip
-    return result, evaluate_vqvae(result.model, world)
+    return result, evaluate_vqvae(model, world)
 
 
 @torch.no_grad()
@@ -301,16 +307,18 @@ def _prior(
 
     examples = encode(world.test_set("test-full", 8).captions)
 
+    torch.manual_seed(recipe.train.seed)
+    prior = TransformerPrior(recipe.model)
+
     def draw_samples(model: nn.Module) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return vqvae.decode_tokens(sample(model, examples, generator=generator))
+        return vqvae.decode_tokens(sample(prior, examples, generator=generator))
 
-    torch.manual_seed(recipe.train.seed)
     result = train(
-        TransformerPrior(recipe.model), make_batch, compute_loss, recipe.train, run_dir,
+        prior, make_batch, compute_loss, recipe.train, run_dir,
         draw_samples=draw_samples, precision=precision, progress=progress,
     )  # fmt: skip
-    metrics = evaluate_prior(vqvae, result.model, world)
+    metrics = evaluate_prior(vqvae, prior, world)
     metrics["vqvae"] = weights.load(own if own.exists() else f"vqvae-{preset}").card["sha256"]
     return result, metrics
 
@@ -318,14 +326,15 @@ def _prior(
 @torch.no_grad()
 def evaluate_prior(
     vqvae: VQVAE,
-    prior: nn.Module,
+    prior: TransformerPrior,
     world: Shapes,
     n: int = 2000,
     guidance_scale: float = 1.0,
 ) -> dict:
     """Caption alignment on the three test sets, with the judge's ceiling and floor, and the
     Fréchet distance in reader features with its own floor (real against real)."""
-    judge, metrics = load_reader("judge"), {}
+    judge = load_reader("judge")
+    metrics: dict[str, Any] = {}
     for name in ("test-full", "test-partial", "composition"):
         test = world.test_set(name, n)
         generator = torch.Generator().manual_seed(0)

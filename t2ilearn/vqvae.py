@@ -110,6 +110,8 @@ class VectorQuantizer(nn.Module):
     """Nearest neighbours in a codebook that learns from the codebook term's gradient."""
 
     learns_by_gradient = True
+    codebook: Tensor
+    counts: Tensor
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
@@ -163,6 +165,7 @@ class EMAQuantizer(VectorQuantizer):
 
     learns_by_gradient = False
     decay = 0.99
+    sums: Tensor
 
     def _make_codebook(self, rows: Tensor) -> None:
         self.register_buffer("codebook", rows)
@@ -191,10 +194,10 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        kinds = {"ema": EMAQuantizer, "gradient": VectorQuantizer}
+        kinds: dict[str, type[VectorQuantizer]] = {"ema": EMAQuantizer, "gradient": VectorQuantizer}
         if config.quantizer not in kinds:
             raise ValueError(f"Unknown quantizer {config.quantizer!r}; one of {', '.join(kinds)}.")
-        self.quantizer = kinds[config.quantizer](config)
+        self.quantizer: VectorQuantizer = kinds[config.quantizer](config)
         self.side = config.resolution // 2 ** len(config.channels)
 
     def encode(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d _ _"]:

@@ -222,10 +222,7 @@ def test_pickles_are_refused_by_suffix_and_by_content(tmp_path, name, zipped):
 
 
 def test_no_code_runs_from_a_pickle(tmp_path):
-    import pickletools
-
     (tmp_path / "bad.pt").write_bytes(b"cos\nabort\n(tR.")  # protocol 0: calls os.abort when loaded
-    pickletools.dis((tmp_path / "bad.pt").read_bytes(), out=open(tmp_path / "dis", "w"))
     with pytest.raises(WeightsError, match="is a pickle"):
         load(tmp_path / "bad.pt")
 
