@@ -255,7 +255,7 @@ def redraw(path: str | Path) -> Drawing:
         stored.pop("version")
         request = replace(Request(stored["caption"]), **stored)
         request.check()
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"The metadata of {path} are damaged: {error}.") from None
     if load_system(request.system).weights_id != weights_id:
         raise weights.WeightsError(
