@@ -1,260 +1,582 @@
-"""VQ-VAE: pictures as a few discrete codes (van den Oord, Vinyals & Kavukcuoglu 2017).
+"""VQ-VAE: a picture as a few discrete codes (van den Oord, Vinyals & Kavukcuoglu 2017).
 
-    x → Encoder → z_e → nearest codebook row → z_q → Decoder → x̂
+    x → encoder → z → the nearest code of a codebook → z_q → decoder → x̂
 
-Equation 3 of the paper has three terms, and `vqvae_loss` returns them under their names:
+The loss has three terms (Eq. 3), and each has its own parameter to move:
 
-    L = ‖x − x̂‖²  +  ‖sg[z_e] − e‖²  +  β ‖z_e − sg[e]‖²
-        reconstruction   codebook            commitment
+    L  =  ‖x − x̂‖²   +   ‖sg[z] − e‖²   +   β ‖z − sg[e]‖²
+        reconstruction     codebook           commitment
+      encoder and decoder  the codes only     the encoder only
 
 | symbol | name |
 |---|---|
-| z_e, z_q | `z`, `z_q`: the encoder's output and its nearest codes |
-| e | `codebook`, K rows of width D |
+| x, x̂ | `x`, `reconstruction` |
+| z_e(x) | `z`, what the encoder says |
+| e | `codebook`, K codes of D numbers; also the nearest one, for each place of the picture |
+| z_q(x) | `z_q`, what the decoder hears: e, but with the gradient of z |
 | sg[·] | `.detach()` |
 | β | `beta` |
+| γ, N, m | `decay`, `counts`, `sums`: the moving averages of appendix A.1 |
 
-Differs from the paper in: codes and encodings are compared on the unit sphere when
-`config.cosine` (Yu 2022), dead codes are revived, and the codebook may follow its encodings by a
-moving average instead of the codebook term (the paper's appendix A.1).
+Differs from the paper in: squares are means over numbers, not sums; with `cosine` encodings and
+codes are compared on the unit sphere (Yu et al. 2022); codes start at the centres of real
+encodings and those that fall out of use are revived (Dhariwal et al. 2020). The chapter's other
+models are here too: `Autoencoder` and `VAE` (Kingma & Welling 2014) before it, `FSQ` (Mentzer et
+al. 2023), which needs no codebook, after it.
+
+Letters: B batch, H and W picture, h and w grid of codes, N = h · w, K codes, D numbers in a code.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from t2ilearn.layers import ResidualBlock
+from t2ilearn.layers import GROUPS, ResidualBlock
 
 
 @dataclass(frozen=True)
 class VQVAEConfig:
-    """Sizes of a VQ-VAE; each entry of `channels` halves the picture's side once."""
+    """Sizes of a VQ-VAE, and of the autoencoders that lead up to it.
+
+    Args:
+        resolution: side of the picture, H = W.
+        channels: one entry a level; each level halves the side, so that h = H / 2^levels.
+        blocks: residual blocks in the coarsest level; the finer, dearer ones have one.
+        codes: K. For "fsq" it must be the D-th power of a whole number: 512 = 8³.
+        code_dim: D.
+        quantizer: how the codes learn: "ema", "gradient", or not at all, "fsq".
+        cosine: compare directions only; "fsq" has no use for it.
+        beta: β, weight of the commitment.
+
+    Raises:
+        ValueError: if the sizes do not fit together.
+    """
 
     resolution: int = 64
     channels: tuple[int, ...] = (32, 64, 128)
     blocks: int = 2
     codes: int = 1024
     code_dim: int = 32
-    quantizer: str = "ema"  # or "gradient", "fsq"
+    quantizer: str = "ema"
     cosine: bool = True
     beta: float = 0.25
 
+    def __post_init__(self) -> None:
+        if not self.channels or any(c < 1 or c % GROUPS for c in self.channels):
+            raise ValueError(f"channels must be multiples of {GROUPS}, not {self.channels}.")
+        shrink = 2 ** len(self.channels)
+        if self.resolution < shrink or self.resolution % shrink:
+            raise ValueError(
+                f"{len(self.channels)} levels halve the side {len(self.channels)} times: the "
+                f"resolution must be a multiple of {shrink}, not {self.resolution}."
+            )
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer is one of {QUANTIZERS}, not {self.quantizer!r}.")
+        if min(self.codes - 1, self.code_dim, self.blocks) < 1 or self.beta < 0:
+            raise ValueError(
+                "At least two codes, one number in each, one block, and β ≥ 0, please."
+            )
+
+    @property
+    def side(self) -> int:
+        """h = w, the side of the grid of codes."""
+        return self.resolution // 2 ** len(self.channels)
+
+
+QUANTIZERS = ("ema", "gradient", "fsq")
+
+
+# --- from pictures to a small grid of vectors, and back ----------------------------------------
+
+
+def _blocks_per_level(config: VQVAEConfig) -> list[int]:
+    return [1] * (len(config.channels) - 1) + [config.blocks]
+
+
+class Encoder(nn.Sequential):
+    """(B, 3, H, W) → (B, outputs, h, w); by default D outputs."""
+
+    def __init__(self, config: VQVAEConfig, outputs: int | None = None) -> None:
+        layers: list[nn.Module] = []
+        before = 3
+        for width, count in zip(config.channels, _blocks_per_level(config), strict=True):
+            layers.append(nn.Conv2d(before, width, 4, stride=2, padding=1))
+            layers += [ResidualBlock(width, width) for _ in range(count)]
+            before = width
+        layers += [nn.GroupNorm(GROUPS, before), nn.SiLU()]
+        layers.append(nn.Conv2d(before, outputs or config.code_dim, 1))
+        super().__init__(*layers)
+
+
+class Decoder(nn.Sequential):
+    """(B, D, h, w) → (B, 3, H, W), the encoder's mirror. Nothing clamps the picture to [−1, 1]."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        channels, counts = config.channels[::-1], _blocks_per_level(config)[::-1]
+        layers: list[nn.Module] = [nn.Conv2d(config.code_dim, channels[0], 3, padding=1)]
+        for width, after, count in zip(channels, (*channels[1:], 0), counts, strict=True):
+            layers += [ResidualBlock(width, width) for _ in range(count)]
+            if after:
+                layers.append(nn.ConvTranspose2d(width, after, 4, stride=2, padding=1))
+        layers += [nn.GroupNorm(GROUPS, channels[-1]), nn.SiLU()]
+        layers.append(nn.ConvTranspose2d(channels[-1], 3, 4, stride=2, padding=1))
+        super().__init__(*layers)
+
+
+def _check_pictures(x: Tensor, config: VQVAEConfig) -> None:
+    wanted = (3, config.resolution, config.resolution)
+    if x.ndim != 4 or tuple(x.shape[1:]) != wanted or not x.is_floating_point():
+        raise ValueError(
+            f"Pictures are float tensors of shape (B, {', '.join(map(str, wanted))}) with values "
+            f"in [−1, 1]; this is {x.dtype} of shape {tuple(x.shape)}."
+        )
+
+
+def _precise(x: Tensor) -> Tensor:
+    """At least float32: half precision loses small distances, and with them codes."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# --- two ancestors: a plain autoencoder, and one that can be sampled ---------------------------
+
+
+class AutoencoderLoss(NamedTuple):
+    """What an autoencoder minimises."""
+
+    reconstruction: Float[Tensor, ""]
+    total: Float[Tensor, ""]
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder with a narrow waist of (D, h, w) numbers, and nothing else."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+
+    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """The reconstruction x̂.
+
+        Raises:
+            ValueError: for pictures of another resolution.
+        """
+        _check_pictures(x, self.config)
+        return self.decoder(self.encoder(x))
+
+
+def autoencoder_loss(
+    x: Float[Tensor, "b 3 h w"], reconstruction: Float[Tensor, "b 3 h w"]
+) -> AutoencoderLoss:
+    """‖x − x̂‖², as a mean over pictures, colours and pixels."""
+    error = F.mse_loss(_precise(reconstruction), x)
+    return AutoencoderLoss(error, total=error)
+
+
+class VAEOutput(NamedTuple):
+    """x̂, and the Gaussian that the encoder answers with: its mean μ and ln σ²."""
+
+    reconstruction: Float[Tensor, "b 3 H W"]
+    mean: Float[Tensor, "b d h w"]
+    log_variance: Float[Tensor, "b d h w"]
+
+
+class VAELoss(NamedTuple):
+    """The two terms of the bound, and their weighted sum."""
+
+    reconstruction: Float[Tensor, ""]
+    divergence: Float[Tensor, ""]
+    total: Float[Tensor, ""]
+
+
+class VAE(nn.Module):
+    """An autoencoder whose encoder answers with a Gaussian (Kingma & Welling 2014)."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config, 2 * config.code_dim), Decoder(config)
+
+    def forward(self, x: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> VAEOutput:
+        """z = μ + σ ε with ε ~ N(0, 1), so that gradients reach μ and σ (section 2.4).
+
+        Raises:
+            ValueError: for pictures of another resolution.
+        """
+        _check_pictures(x, self.config)
+        mean, log_variance = _precise(self.encoder(x)).chunk(2, dim=1)  # (B, D, h, w) each
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
+        z = mean + (log_variance / 2).exp() * noise
+        return VAEOutput(self.decoder(z), mean, log_variance)
+
+    def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
+        """Pictures from nothing but noise."""
+        side, weight = self.config.side, next(self.decoder.parameters())
+        z = torch.randn(count, self.config.code_dim, side, side, generator=generator)
+        return self.decoder(z.to(weight))
+
+
+def vae_loss(x: Float[Tensor, "b 3 h w"], output: VAEOutput, sigma: float = 0.1) -> VAELoss:
+    """The negative evidence bound (Eq. 7 with appendix B), times 2σ² over the numbers in x.
+
+    Args:
+        sigma: how far a decoded pixel may be off, as standard deviation of a Gaussian. Large σ:
+            the divergence rules, and all pictures get the same z.
+    """
+    mean, log_variance = output.mean, output.log_variance
+    per_picture = (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(1) / 2
+    reconstruction = F.mse_loss(_precise(output.reconstruction), x)
+    divergence = per_picture.mean() / x[0].numel()  # KL(q ‖ N(0, 1)), in nats a number of x
+    total = reconstruction + 2 * sigma**2 * divergence
+    return VAELoss(reconstruction, divergence, total)
+
+
+# --- quantizers: the step that makes codes -----------------------------------------------------
+
 
 class Quantized(NamedTuple):
-    """z_q (B, D, h, w) with straight-through gradients, codes (B, h, w), and the two terms."""
+    """z_q for the decoder, the codes' numbers, and the quantizer's two terms of Eq. 3."""
 
-    z_q: Tensor
-    codes: Tensor
-    codebook: Tensor
-    commitment: Tensor
+    z_q: Float[Tensor, "b d h w"]
+    codes: Int[Tensor, "b h w"]
+    codebook: Float[Tensor, ""]
+    commitment: Float[Tensor, ""]
+
+
+class VectorQuantizer(nn.Module):
+    """Each vector becomes the nearest of K codes; the codes learn by gradient (section 3.2).
+
+    Args:
+        codes, code_dim: K and D.
+        cosine: put encodings and codes on the unit sphere first.
+        decay: γ of the running counts, by which dead codes are known.
+    """
+
+    def __init__(
+        self, codes: int, code_dim: int, cosine: bool = False, decay: float = 0.99
+    ) -> None:
+        super().__init__()
+        self.cosine, self.decay = cosine, decay
+        start = torch.randn(codes, code_dim)
+        start = F.normalize(start, dim=1) if cosine else start / code_dim**0.5
+        self.codebook: Tensor
+        self.counts: Tensor
+        self._make_codebook(start)
+        self.register_buffer("counts", torch.ones(codes))  # uses a step, lately
+
+    def _make_codebook(self, start: Float[Tensor, "k d"]) -> None:
+        self.codebook = nn.Parameter(start)
+
+    def forward(self, z: Float[Tensor, "b d h w"]) -> Quantized:
+        z = self.project(z)
+        codes = self.nearest(z)  # (B, h, w)
+        e = self.look_up(codes)  # (B, D, h, w)
+
+        codebook, commitment = self.terms(z, e)
+        z_q = z + (e - z).detach()  # straight through: e's value, z's gradient
+
+        if self.training:
+            self.observe(z, codes)
+        return Quantized(z_q, codes, codebook, commitment)
+
+    def terms(
+        self, z: Float[Tensor, "b d h w"], e: Float[Tensor, "b d h w"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Eq. 3, second and third: who stands still is detached."""
+        codebook = F.mse_loss(e, z.detach())
+        commitment = F.mse_loss(z, e.detach())
+        return codebook, commitment
+
+    def project(self, z: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
+        """z as the codes meet it: in float32 or better, on the unit sphere if `cosine`."""
+        z = _precise(z)
+        return F.normalize(z, dim=1) if self.cosine else z
+
+    def rows(self) -> Float[Tensor, "k d"]:
+        """The codes as they meet z: on the unit sphere if `cosine`."""
+        return F.normalize(self.codebook, dim=1) if self.cosine else self.codebook
+
+    @torch.no_grad()
+    def nearest(self, z: Float[Tensor, "b d h w"]) -> Int[Tensor, "b h w"]:
+        """argmin_k ‖z − e_k‖² (Eq. 1), without ‖z‖², which is the same for every k."""
+        e = self.rows()
+        with torch.autocast(z.device.type, enabled=False):
+            distances = (e**2).sum(1) - 2 * z.movedim(1, -1) @ e.T  # (B, h, w, K)
+        return distances.argmin(-1)
+
+    def look_up(self, codes: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
+        """Codes' numbers → the codes themselves (Eq. 2)."""
+        return F.embedding(codes, self.rows()).movedim(-1, 1)
+
+    @torch.no_grad()
+    def observe(self, z: Float[Tensor, "b d h w"], codes: Int[Tensor, "b h w"]) -> None:
+        """Count which codes a batch uses: N ← γ N + (1 − γ) n."""
+        uses = torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts)
+        self.counts.lerp_(_summed_over_ranks(uses), 1 - self.decay)
+
+    @torch.no_grad()
+    def replace(self, which: Int[Tensor, " m"], rows: Float[Tensor, "m d"]) -> None:
+        """Overwrite codes, and forget how often the old ones were used."""
+        self.codebook[which] = rows
+        self.counts[which] = 1.0
+
+    @torch.no_grad()
+    def revive(
+        self, z: Float[Tensor, "b d h w"], generator: torch.Generator, threshold: float = 0.03
+    ) -> int:
+        """Move codes that hardly anything uses onto random encodings (Dhariwal et al. 2020).
+
+        Args:
+            z: encodings of a batch; a dead code lands on one of them.
+            threshold: a code is dead below so many uses a step. A code that nothing uses gets
+                there after ln(threshold) / ln(decay) steps, 350 of them by default.
+
+        Returns:
+            How many codes were moved.
+        """
+        flat = _flat(self.project(z))
+        dead = (self.counts < threshold).nonzero()[:, 0][: len(flat)]
+        chosen = torch.randperm(len(flat), generator=generator)[: len(dead)]
+        self.replace(dead, _from_first_rank(flat[chosen.to(flat.device)]))
+        return len(dead)
+
+    @torch.no_grad()
+    def kmeans_start(
+        self, z: Float[Tensor, "b d h w"], generator: torch.Generator, rounds: int = 10
+    ) -> None:
+        """Put the codes at the centres of encodings, by Lloyd's algorithm, before training.
+
+        A random codebook lies where no encoding is; then a few codes win everything.
+
+        Raises:
+            ValueError: if there are fewer encodings than codes.
+        """
+        z = self.project(z)
+        flat, size = _flat(z), len(self.codebook)
+        if len(flat) < size:
+            raise ValueError(
+                f"{size} codes need at least {size} encodings to start from, and these are "
+                f"{len(flat)}: give more pictures."
+            )
+        everyone = torch.arange(size, device=flat.device)
+        self.replace(everyone, flat[torch.randperm(len(flat), generator=generator)[:size]])
+        for _ in range(rounds):
+            counts, sums = _count_and_sum(self.nearest(z), z, size)
+            chosen = torch.randint(len(flat), (size,), generator=generator)
+            centres = sums / counts.clamp(min=1)[:, None]
+            self.replace(everyone, torch.where(counts[:, None] > 0, centres, flat[chosen]))
+
+
+class EMAQuantizer(VectorQuantizer):
+    """Codes that follow the mean of their encodings, by moving averages (appendix A.1).
+
+    Without debiasing: the averages start at count 1 and sum e, and forget that by themselves.
+    In evaluation mode nothing moves.
+    """
+
+    def _make_codebook(self, start: Float[Tensor, "k d"]) -> None:
+        self.register_buffer("codebook", start)
+        self.register_buffer("sums", start.clone())
+        self.sums: Tensor
+
+    def terms(
+        self, z: Float[Tensor, "b d h w"], e: Float[Tensor, "b d h w"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """The moving averages stand in for the codebook term: it is 0."""
+        return z.new_zeros(()), F.mse_loss(z, e.detach())
+
+    @torch.no_grad()
+    def observe(self, z: Float[Tensor, "b d h w"], codes: Int[Tensor, "b h w"]) -> None:
+        """Eqs. 6–8: N ← γ N + (1 − γ) n,  m ← γ m + (1 − γ) Σ z,  e ← m / N."""
+        counts, sums = _count_and_sum(codes, z, len(self.counts))
+        self.counts.lerp_(_summed_over_ranks(counts), 1 - self.decay)
+        self.sums.lerp_(_summed_over_ranks(sums), 1 - self.decay)
+        total, epsilon = self.counts.sum(), 1e-5
+        # Laplace smoothing, as in DeepMind's own code: no division by 0 for an unused code.
+        smooth = total * (self.counts + epsilon) / (total + len(self.counts) * epsilon)
+        self.codebook.copy_(self.sums / smooth[:, None])
+
+    @torch.no_grad()
+    def replace(self, which: Int[Tensor, " m"], rows: Float[Tensor, "m d"]) -> None:
+        """Also the sum starts anew: else the next step brings the old code back."""
+        super().replace(which, rows)
+        self.sums[which] = rows
+
+
+class FSQ(nn.Module):
+    """Finite scalar quantisation (Mentzer et al. 2023): round each of D numbers to L levels.
+
+    A grid of K = L^D codes, with no codebook to learn, to start or to revive.
+
+    Raises:
+        ValueError: if K is not L^D for a whole L of at least 3.
+    """
+
+    def __init__(self, codes: int, code_dim: int) -> None:
+        super().__init__()
+        self.levels = round(codes ** (1 / code_dim))
+        self.code_dim = code_dim
+        if self.levels**code_dim != codes or self.levels < 3:
+            fits = ", ".join(f"{n**code_dim}" for n in range(3, 9))
+            raise ValueError(f"FSQ with {code_dim} numbers has {fits} … codes, not {codes}.")
+
+    def forward(self, z: Float[Tensor, "b d h w"]) -> Quantized:
+        z = self.project(z)
+        codes = self.nearest(z)  # (B, h, w)
+        e = self.look_up(codes)  # (B, D, h, w)
+        z_q = z + (e - z).detach()  # straight through: e's value, z's gradient
+        return Quantized(z_q, codes, z.new_zeros(()), z.new_zeros(()))
+
+    def project(self, z: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
+        """Squash z so that rounding gives L levels, and scale them to [−1, 1] (appendix A.1)."""
+        half = (self.levels - 1) * 1.001 / 2  # a hair wider: the last level must be in reach
+        offset = 0.0 if self.levels % 2 else 0.5
+        shift = torch.atanh(torch.tensor(offset / half, dtype=torch.float64)).item()
+        return (torch.tanh(_precise(z) + shift) * half - offset) / (self.levels // 2)
+
+    @torch.no_grad()
+    def nearest(self, z: Float[Tensor, "b d h w"]) -> Int[Tensor, "b h w"]:
+        """Round; the levels are the digits of the code's number, the first one counting units."""
+        middle = self.levels // 2
+        digits = (z * middle).round().long() + middle
+        places = self.levels ** torch.arange(self.code_dim, device=z.device)
+        return (digits * places[:, None, None]).sum(1)
+
+    def rows(self) -> Float[Tensor, "k d"]:
+        """All K codes of the grid."""
+        middle, numbers = self.levels // 2, torch.arange(self.levels**self.code_dim)[:, None]
+        digits = numbers // self.levels ** torch.arange(self.code_dim) % self.levels
+        return (digits - middle) / middle
+
+    def look_up(self, codes: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
+        """Codes' numbers → points of the grid."""
+        return F.embedding(codes, self.rows().to(codes.device)).movedim(-1, 1)
+
+
+def _flat(z: Float[Tensor, "b d h w"]) -> Float[Tensor, "n d"]:
+    return z.movedim(1, -1).flatten(0, 2)
+
+
+def _count_and_sum(
+    codes: Int[Tensor, "b h w"], z: Float[Tensor, "b d h w"], size: int
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "k d"]]:
+    """How many encodings chose each code, and their sum."""
+    sums = z.new_zeros(size, z.shape[1]).index_add_(0, codes.flatten(), _flat(z))
+    return torch.bincount(codes.flatten(), minlength=size).to(z), sums
+
+
+def _summed_over_ranks(x: Tensor) -> Tensor:
+    """In data-parallel training all processes must see the same statistics."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def _from_first_rank(x: Tensor) -> Tensor:
+    """In data-parallel training all processes must revive a code at the same place."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(x, src=0)
+    return x
+
+
+# --- the whole ---------------------------------------------------------------------------------
 
 
 class VQVAEOutput(NamedTuple):
-    """The reconstruction (B, 3, H, W) and what the quantizer said."""
+    """x̂, and what the quantizer says."""
 
-    reconstruction: Tensor
+    reconstruction: Float[Tensor, "b 3 H W"]
     quantized: Quantized
 
 
 class VQVAELoss(NamedTuple):
     """The three terms of Eq. 3, and their weighted sum."""
 
-    reconstruction: Tensor
-    codebook: Tensor
-    commitment: Tensor
-    total: Tensor
-
-
-def _levels(channels: tuple[int, ...], blocks: int) -> list[int]:
-    # Residual blocks are dear where the picture is large: one there, `blocks` at the bottom.
-    return [1] * (len(channels) - 1) + [blocks]
-
-
-class Encoder(nn.Sequential):
-    """(B, 3, H, W) → (B, D, H / f, W / f) with f = 2 ** len(channels)."""
-
-    def __init__(self, config: VQVAEConfig) -> None:
-        layers: list[nn.Module] = []
-        before = 3
-        for width, count in zip(
-            config.channels, _levels(config.channels, config.blocks), strict=True
-        ):
-            layers.append(nn.Conv2d(before, width, 4, stride=2, padding=1))
-            layers += [ResidualBlock(width, width) for _ in range(count)]
-            before = width
-        layers += [nn.GroupNorm(8, before), nn.SiLU(), nn.Conv2d(before, config.code_dim, 1)]
-        super().__init__(*layers)
-
-
-class Decoder(nn.Sequential):
-    """(B, D, h, w) → (B, 3, h · f, w · f); the mirror of the encoder."""
-
-    def __init__(self, config: VQVAEConfig) -> None:
-        channels = config.channels[::-1]
-        counts = _levels(config.channels, config.blocks)[::-1]
-        layers: list[nn.Module] = [nn.Conv2d(config.code_dim, channels[0], 3, padding=1)]
-        for width, after, count in zip(channels, (*channels[1:], 0), counts, strict=True):
-            layers += [ResidualBlock(width, width) for _ in range(count)]
-            if after:
-                layers.append(nn.ConvTranspose2d(width, after, 4, stride=2, padding=1))
-        layers += [nn.GroupNorm(8, channels[-1]), nn.SiLU()]
-        layers.append(nn.ConvTranspose2d(channels[-1], 3, 4, stride=2, padding=1))
-        super().__init__(*layers)
-
-
-class VectorQuantizer(nn.Module):
-    """Nearest neighbours in a codebook that learns from the codebook term's gradient."""
-
-    learns_by_gradient = True
-    codebook: Tensor
-    counts: Tensor
-
-    def __init__(self, config: VQVAEConfig) -> None:
-        super().__init__()
-        self.cosine = config.cosine
-        rows = torch.randn(config.codes, config.code_dim)
-        rows = F.normalize(rows, dim=1) if config.cosine else rows / config.code_dim**0.5
-        self.register_buffer("counts", torch.ones(config.codes))
-        self._make_codebook(rows)
-
-    def _make_codebook(self, rows: Tensor) -> None:
-        self.codebook = nn.Parameter(rows)
-
-    def rows(self) -> Float[Tensor, "k d"]:
-        """The codebook as it is compared: on the unit sphere if `cosine`."""
-        return F.normalize(self.codebook, dim=1) if self.cosine else self.codebook
-
-    def nearest(self, flat: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
-        """argmin_k ‖z − e_k‖², written out so that no (N, K, D) tensor is made."""
-        rows = self.rows()
-        return ((rows**2).sum(1) - 2 * flat @ rows.T).argmin(1)
-
-    def forward(self, z: Float[Tensor, "b d h w"]) -> Quantized:
-        with torch.autocast(z.device.type, enabled=False):  # distances need float32
-            z = z.float()
-            if self.cosine:
-                z = F.normalize(z, dim=1)
-            flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B·h·w, D)
-            codes = self.nearest(flat.detach())
-            if self.training:
-                self._observe(flat.detach(), codes)
-            picked = self.rows()[codes].view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
-            codebook = F.mse_loss(picked, z.detach())
-            commitment = F.mse_loss(z, picked.detach())
-            z_q = z + (picked - z).detach()  # straight through: the gradient is copied to z
-        return Quantized(z_q, codes.view(z.shape[0], *z.shape[2:]), codebook, commitment)
-
-    @torch.no_grad()
-    def _observe(self, flat: Tensor, codes: Tensor) -> None:
-        used = torch.bincount(codes, minlength=len(self.counts)).float()
-        self.counts.lerp_(used, 0.01)
-
-    @torch.no_grad()
-    def replace(self, which: Int[Tensor, " m"], rows: Float[Tensor, "m d"]) -> None:
-        """Overwrite codes, and forget what they had counted."""
-        self.codebook[which] = rows
-        self.counts[which] = 1.0
-
-
-class EMAQuantizer(VectorQuantizer):
-    """A codebook that follows the mean of its encodings by a moving average (appendix A.1)."""
-
-    learns_by_gradient = False
-    decay = 0.99
-    sums: Tensor
-
-    def _make_codebook(self, rows: Tensor) -> None:
-        self.register_buffer("codebook", rows)
-        self.register_buffer("sums", rows.clone())
-
-    @torch.no_grad()
-    def _observe(self, flat: Tensor, codes: Tensor) -> None:
-        used = torch.bincount(codes, minlength=len(self.counts)).to(flat.dtype)
-        sums = torch.zeros_like(self.sums).index_add_(0, codes, flat)
-        self.counts.lerp_(used, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
-        total, size = self.counts.sum(), len(self.counts)
-        smoothed = (self.counts + 1e-5) / (total + size * 1e-5) * total  # Laplace
-        self.codebook.copy_(self.sums / smoothed[:, None])
-
-    @torch.no_grad()
-    def replace(self, which: Int[Tensor, " m"], rows: Float[Tensor, "m d"]) -> None:
-        super().replace(which, rows)
-        self.sums[which] = rows  # count 1, sum = the row: or the old mean comes back
+    reconstruction: Float[Tensor, ""]
+    codebook: Float[Tensor, ""]
+    commitment: Float[Tensor, ""]
+    total: Float[Tensor, ""]
 
 
 class VQVAE(nn.Module):
-    """Encoder, quantizer and decoder."""
+    """Encoder, quantizer, decoder. All that training changes is in parameters and buffers."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        kinds: dict[str, type[VectorQuantizer]] = {"ema": EMAQuantizer, "gradient": VectorQuantizer}
-        if config.quantizer not in kinds:
-            raise ValueError(f"Unknown quantizer {config.quantizer!r}; one of {', '.join(kinds)}.")
-        self.quantizer: VectorQuantizer = kinds[config.quantizer](config)
-        self.side = config.resolution // 2 ** len(config.channels)
-
-    def encode(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d _ _"]:
-        """Encodings z_e before quantisation."""
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % 2 ** len(self.config.channels):
-            raise ValueError(f"Expected (B, 3, H, W) with H, W divisible; got {tuple(x.shape)}.")
-        return self.encoder(x)
-
-    def tokens(self, x: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b n"]:
-        """Codes row by row."""
-        return self.quantizer(self.encode(x)).codes.flatten(1)
-
-    def decode_tokens(self, codes: Int[Tensor, "b n"]) -> Float[Tensor, "b 3 h w"]:
-        """Pictures from codes."""
-        if codes.min() < 0 or codes.max() >= self.config.codes:
-            raise ValueError(f"Codes are 0 … {self.config.codes - 1}.")
-        z = self.quantizer.rows()[codes]  # (B, N, D)
-        return self.decoder(z.transpose(1, 2).unflatten(2, (self.side, self.side)))
+        size = (config.codes, config.code_dim)
+        self.quantizer: VectorQuantizer | FSQ
+        if config.quantizer == "fsq":
+            self.quantizer = FSQ(*size)
+        else:
+            kind = EMAQuantizer if config.quantizer == "ema" else VectorQuantizer
+            self.quantizer = kind(*size, cosine=config.cosine)
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> VQVAEOutput:
+        """Reconstruct pictures; in training mode an EMA codebook moves.
+
+        Raises:
+            ValueError: for pictures of another resolution.
+        """
         quantized = self.quantizer(self.encode(x))
         return VQVAEOutput(self.decoder(quantized.z_q), quantized)
 
+    def encode(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
+        """z, before it is quantized. Raises ValueError for pictures of another resolution."""
+        _check_pictures(x, self.config)
+        return self.encoder(x)
+
+    def tokens(self, x: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b n"]:
+        """The picture's codes, row by row. The codebook never moves.
+
+        Raises:
+            ValueError: for pictures of another resolution.
+        """
+        return self.quantizer.nearest(self.quantizer.project(self.encode(x))).flatten(1)
+
+    def decode_tokens(self, codes: Int[Tensor, "b n"]) -> Float[Tensor, "b 3 h w"]:
+        """Codes row by row → pictures, not clamped.
+
+        Raises:
+            ValueError: if their number is not h · w, or one is outside 0 … K − 1.
+        """
+        side, last = self.config.side, self.config.codes - 1
+        if codes.ndim != 2 or codes.shape[1] != side**2:
+            raise ValueError(f"A picture has {side}² codes: (B, {side**2}), not {codes.shape}.")
+        if codes.numel() and not 0 <= codes.min() <= codes.max() <= last:
+            wrong = f"{codes.min().item()} … {codes.max().item()}"
+            raise ValueError(f"Codes are numbers from 0 to {last}; these are {wrong}.")
+        return self.decoder(self.quantizer.look_up(codes.unflatten(1, (side, side))))
+
     @torch.no_grad()
-    def _flat(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        z = self.encode(x)
-        z = F.normalize(z, dim=1) if self.config.cosine else z
-        flat = z.permute(0, 2, 3, 1).flatten(0, 2)
-        return flat[torch.randperm(len(flat), generator=generator)]
+    def kmeans_start(self, x: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> None:
+        """Start the codes at the centres of these pictures' encodings; before training."""
+        if isinstance(self.quantizer, VectorQuantizer):
+            self.quantizer.kmeans_start(self.encode(x), generator)
 
+    @torch.no_grad()
     def revive(self, x: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> int:
-        """Move codes that nothing has used lately onto random encodings; returns how many."""
-        dead = (self.quantizer.counts < 0.03).nonzero()[:, 0]
-        flat = self._flat(x, generator)[: len(dead)]
-        self.quantizer.replace(dead[: len(flat)], flat)
-        return len(dead)
-
-    def kmeans_start(
-        self, x: Float[Tensor, "b 3 h w"], generator: torch.Generator, rounds: int = 5
-    ) -> None:
-        """Start the codebook at the centres of real encodings instead of at random."""
-        flat = self._flat(x, generator)
-        for _ in range(rounds):
-            codes = self.quantizer.nearest(flat)
-            sums = torch.zeros_like(self.quantizer.codebook).index_add_(0, codes, flat)
-            counts = torch.bincount(codes, minlength=len(sums))
-            empty = counts == 0
-            rows = sums / counts.clamp(min=1)[:, None]
-            spare = torch.randint(len(flat), (int(empty.sum()),), generator=generator)
-            rows[empty] = flat[spare]
-            self.quantizer.replace(torch.arange(len(rows)), rows)
+        """Move dead codes onto encodings of these pictures; returns how many. Every 50 steps or so,
+        and not to the end: a code needs time to settle."""
+        if isinstance(self.quantizer, VectorQuantizer):
+            return self.quantizer.revive(self.encode(x), generator)
+        return 0
 
 
 def vqvae_loss(x: Float[Tensor, "b 3 h w"], output: VQVAEOutput, beta: float = 0.25) -> VQVAELoss:
-    """The three terms of Eq. 3. A moving-average codebook takes no gradient: its term is shown,
-    and moves nothing."""
-    reconstruction = F.mse_loss(output.reconstruction.float(), x)
+    """Eq. 3.
+
+    Args:
+        x: the pictures that `output` is about.
+        beta: β. The paper finds no difference from 0.1 to 2.0.
+    """
+    reconstruction = F.mse_loss(_precise(output.reconstruction), x)
     codebook, commitment = output.quantized.codebook, output.quantized.commitment
     total = reconstruction + codebook + beta * commitment
     return VQVAELoss(reconstruction, codebook, commitment, total)
