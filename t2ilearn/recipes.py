@@ -46,11 +46,11 @@ class Recipe:
 
 WORDS = 42  # len(data.captions.VOCABULARY); a test holds the two together
 _TINY_VQVAE = VQVAEConfig(resolution=32, channels=(32, 64), blocks=1, codes=256, code_dim=16)
-_BOOK_VQVAE = VQVAEConfig(resolution=64, channels=(32, 64, 128), blocks=2, codes=512, code_dim=32)
+_BOOK_VQVAE = VQVAEConfig(resolution=64, channels=(32, 64, 120), blocks=2, codes=1024, code_dim=32)
 
 RECIPES: dict[tuple[str, str], Recipe] = {
     ("judge", "book"): Recipe(
-        Shapes(), ReaderConfig(), TrainConfig(3000, 128, 2e-3, 0.02, ema_decay=0.998), "all"
+        Shapes(), ReaderConfig(), TrainConfig(4000, 128, 2e-3, 0.02, ema_decay=0.998), "all"
     ),
     ("reader", "book"): Recipe(
         Shapes(), ReaderConfig(), TrainConfig(2000, 128, 2e-3, 0.02, ema_decay=0.998, seed=1)
@@ -61,12 +61,12 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("vqvae", "book"): Recipe(Shapes(), _BOOK_VQVAE, TrainConfig(4000, 64, 1e-3, ema_decay=0.998)),
     ("prior", "tiny"): Recipe(
         TinyShapes(),
-        PriorConfig(codes=256, length=64, width=96, depth=3, heads=4, vocabulary=WORDS),
+        PriorConfig(codes=256, width=96, depth=3, heads=3, vocabulary=WORDS),
         TrainConfig(1200, 64, 2e-3, ema_decay=0.99),
     ),
     ("prior", "book"): Recipe(
         Shapes(),
-        PriorConfig(codes=512, length=64, width=192, depth=5, heads=6, vocabulary=WORDS),
+        PriorConfig(codes=1024, width=192, depth=5, heads=6, vocabulary=WORDS),
         TrainConfig(4000, 96, 2e-3, 0.02, ema_decay=0.998),
     ),
 }
@@ -121,13 +121,21 @@ def train_system(
         "precision": precision or "fp32",
         "parameters": sum(p.numel() for p in result.model.parameters()),
         "metrics": metrics,
-        "command": f"t2ilearn train {system} --preset {preset}",
+        "command": _command(system, preset, steps, precision),
         "version": __version__,
     }
     return weights.save(run_dir, name, result.model.state_dict(), card)
 
 
+def _command(system: str, preset: str, steps: int | None, precision: str | None) -> str:
+    """The line that repeats a run."""
+    line = f"t2ilearn train {system} --preset {preset}"
+    line += f" --steps {steps}" if steps is not None else ""
+    return line + (f" --precision {precision}" if precision else "")
+
+
 def _device_name() -> str:
+    """The accelerator's name, or what kind of CPU this is and how many threads are used."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
@@ -148,7 +156,7 @@ def share(right: Tensor) -> dict[str, float]:
 def degrade(
     pictures: Float[Tensor, "b 3 h w"], generator: torch.Generator
 ) -> Float[Tensor, "b 3 h w"]:
-    """Spoil some pictures as models do: a third stays, the rest is shrunk, blurred or noisy."""
+    """Spoil pictures as models do: a sixth stays, a sixth is shrunk, one blurred, half is noisy."""
     n, _, h, w = pictures.shape
     kind = torch.randint(6, (n,), generator=generator)
     out = pictures.clone()

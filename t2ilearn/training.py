@@ -272,19 +272,6 @@ def _unwrap(model: nn.Module, home: torch.device) -> None:
     model.to(home)
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    """Where a model's first parameter lives."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _unwrap(model: nn.Module, home: torch.device) -> None:
-    """Bring a model home without gradients and without Accelerate's mixed-precision forward."""
-    for name in ("forward", "_original_forward"):
-        model.__dict__.pop(name, None)
-    model.zero_grad()
-    model.to(home)
-
-
 @dataclass
 class _Interrupt:
     """Whether Ctrl-C was pressed."""

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "t2ilearn"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MIB = 2**20
-MODELS = {"layers", "vqvae", "prior"}  # bricks, and a file for each chapter
+MODELS = {"layers", "tokens", "vqvae", "prior"}  # bricks, and a file for each chapter
 # Colab's own versions in August 2026 (Python 3.12): installing must not replace any of them.
 COLAB = {
     "torch": "2.11",

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2ilearn.data import CaptionError, Shapes, TinyShapes, encode, null_caption, parse, shapes
+from t2ilearn import tokens
+from t2ilearn.data import CaptionError, Shapes, TinyShapes, encode, parse, shapes
 from t2ilearn.data import captions as words
 from t2ilearn.reader import matches
 
@@ -175,10 +176,10 @@ def test_colours_are_distinct_also_to_colour_blind_readers(matrix):
 def test_encode_pads_and_ends():
     ids = encode(["a star", "a small red star above a large ring"])
     assert ids.shape == (2, words.TEXT_LENGTH)
-    assert ids[0, 2] == words.END and (ids[0, 3:] == words.PAD).all()
+    assert ids[0, 2] == tokens.END and (ids[0, 3:] == tokens.PAD).all()
     assert words.decode(ids[1].tolist()) == "a small red star above a large ring"
-    null = null_caption(3)
-    assert (null[:, 0] == words.NULL).all() and (null[:, 1] == words.END).all()
+    null = tokens.null_caption(3, words.TEXT_LENGTH)
+    assert (null[:, 0] == tokens.NULL).all() and (null[:, 1] == tokens.END).all()
     longest = Shapes().captions(
         Shapes().scenes(2000, generator=torch.Generator().manual_seed(5)),
         said=1.0,

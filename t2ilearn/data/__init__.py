@@ -1,6 +1,6 @@
 """Worlds of captioned pictures."""
 
-from t2ilearn.data.captions import CaptionError, encode, null_caption, parse
+from t2ilearn.data.captions import CaptionError, encode, parse
 from t2ilearn.data.interface import CaptionedPictures, PictureBatch
 from t2ilearn.data.shapes import Shapes, TinyShapes
 
@@ -11,6 +11,5 @@ __all__ = [
     "Shapes",
     "TinyShapes",
     "encode",
-    "null_caption",
     "parse",
 ]

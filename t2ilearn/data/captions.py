@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from t2ilearn.tokens import END, PAD
+
 SIZES = ("small", "large")
 PATTERNS = ("solid", "striped", "dotted", "checkered")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
@@ -28,8 +30,6 @@ BACKGROUNDS = ("white", "black", "grey", "sky")
 RELATIONS = ("above", "below", "left of", "right of")
 INVERSE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
-# Special tokens, defined here and nowhere else.
-PAD, END, NULL = 0, 1, 2
 TEXT_LENGTH = 24
 _GLUE = ("a", "an", "the", "there", "is", "picture", "of", "on", "background", "left", "right")
 VOCABULARY: tuple[str, ...] = (
@@ -127,13 +127,6 @@ def encode(captions: Sequence[str]) -> Int[Tensor, "b 24"]:
 def decode(ids: Sequence[int]) -> str:
     """The words of a row of token ids, without END and PAD."""
     return " ".join(VOCABULARY[i] for i in ids if i not in (PAD, END))
-
-
-def null_caption(n: int) -> Int[Tensor, "{n} 24"]:
-    """The caption that says nothing, n times: what guidance calls unconditional."""
-    ids = torch.full((n, TEXT_LENGTH), PAD, dtype=torch.int64)
-    ids[:, 0], ids[:, 1] = NULL, END
-    return ids
 
 
 def _noun_phrase(thing: StatedObject) -> str:
