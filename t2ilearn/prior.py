@@ -394,6 +394,8 @@ def sample_steps(
     device = next(model.parameters()).device
     codes = torch.zeros(batch, 0, dtype=torch.int64, device=device) if start is None else start
     model.check(codes, caption)
+    if codes.shape[1] == model.config.length:
+        raise ValueError(f"All {codes.shape[1]} codes are given: nothing is left to draw.")
     guided = caption is not None and guidance_scale != 1
     if guided and caption is not None:
         caption = torch.cat([caption, null_caption(*caption.shape).to(caption.device)])
@@ -434,7 +436,5 @@ def sample(
     **how: object,
 ) -> Int[Tensor, "b n"]:
     """The finished codes of `sample_steps`, which says what `how` may be."""
-    codes = torch.zeros(0)
-    for codes in sample_steps(model, caption, generator=generator, **how):  # type: ignore[arg-type]
-        pass
+    *_, codes = sample_steps(model, caption, generator=generator, **how)  # type: ignore[arg-type]
     return codes

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 import t2ilearn
 from t2ilearn import cli, drawing
-from t2ilearn.data import CaptionError
 from t2ilearn.weights import WeightsError
 
 CAPTION = "a small red star on a white background"
