@@ -58,7 +58,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("vqvae", "tiny"): Recipe(
         TinyShapes(), _TINY_VQVAE, TrainConfig(800, 64, 2e-3, ema_decay=0.99)
     ),
-    ("vqvae", "book"): Recipe(Shapes(), _BOOK_VQVAE, TrainConfig(4000, 64, 1e-3, ema_decay=0.998)),
+    ("vqvae", "book"): Recipe(Shapes(), _BOOK_VQVAE, TrainConfig(4500, 64, 1e-3, ema_decay=0.998)),
     ("prior", "tiny"): Recipe(
         TinyShapes(),
         PriorConfig(codes=256, width=96, depth=3, heads=3, vocabulary=WORDS),

@@ -329,20 +329,20 @@ class VectorQuantizer(nn.Module):
     def revive(
         self, z: Float[Tensor, "b d h w"], generator: torch.Generator, threshold: float = 0.03
     ) -> int:
-        """Move codes that hardly anything uses onto random encodings (Dhariwal et al. 2020).
+        """Move codes that hardly anything uses onto encodings of a batch (Dhariwal et al. 2020).
 
         Args:
-            z: encodings of a batch; a dead code lands on one of them.
+            z: encodings. A dead code lands on one of them, rather on one far from all codes:
+                evenly drawn, most would land where the codes are crowded already.
             threshold: a code is dead below so many uses a step. A code that nothing uses gets
                 there after ln(threshold) / ln(decay) steps, 350 of them by default.
 
         Returns:
             How many codes were moved.
         """
-        flat = _flat(self.project(z))
-        dead = (self.counts < threshold).nonzero()[:, 0][: len(flat)]
-        chosen = torch.randperm(len(flat), generator=generator)[: len(dead)]
-        self.replace(dead, _from_first_rank(flat[chosen.to(flat.device)]))
+        z = self.project(z)
+        dead = (self.counts < threshold).nonzero()[:, 0][: len(_flat(z))]
+        self.replace(dead, _from_first_rank(self._badly_served(z, len(dead), generator)))
         return len(dead)
 
     @torch.no_grad()
@@ -367,9 +367,20 @@ class VectorQuantizer(nn.Module):
         self.replace(everyone, flat[torch.randperm(len(flat), generator=generator)[:size]])
         for _ in range(rounds):
             counts, sums = _count_and_sum(self.nearest(z), z, size)
-            chosen = torch.randint(len(flat), (size,), generator=generator)
+            used = counts > 0
             centres = sums / counts.clamp(min=1)[:, None]
-            self.replace(everyone, torch.where(counts[:, None] > 0, centres, flat[chosen]))
+            centres[~used] = self._badly_served(z, int((~used).sum()), generator)
+            self.replace(everyone, centres)
+
+    def _badly_served(
+        self, z: Float[Tensor, "b d h w"], count: int, generator: torch.Generator
+    ) -> Float[Tensor, "{count} d"]:
+        """Encodings drawn with probability ∝ squared distance from the nearest code (k-means++,
+        Arthur & Vassilvitskii 2007)."""
+        error = (z - self.look_up(self.nearest(z))).square().sum(1).flatten()  # (B h w,)
+        chance = (error + 1e-6 * error.mean() + 1e-12).cpu()  # never 0: there may be many to draw
+        chosen = torch.multinomial(chance, count, generator=generator) if count else []
+        return _flat(z)[torch.as_tensor(chosen, dtype=torch.int64, device=z.device)]
 
 
 class EMAQuantizer(VectorQuantizer):

@@ -1,0 +1,330 @@
+"""Bricks compute what their formulas say, look only where they may, and leave arguments alone."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from t2ilearn.layers import Attention, KVCache, QuickGELU, ResidualBlock, TransformerBlock
+
+BATCH, TOKENS, WIDTH, HEADS = 2, 5, 12, 3
+
+
+@pytest.fixture
+def x(generator):
+    """A few tokens, in float64 so that tolerances can be tight."""
+    return torch.randn(BATCH, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def made(kind, *sizes):
+    """A brick with repeatable weights, biases that are not zero, in float64."""
+    torch.manual_seed(0)
+    brick = kind(*sizes).double()
+    with torch.no_grad():
+        for parameter in brick.parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+    return brick
+
+
+def attention_by_hand(layer, x, allowed):
+    """Eq. 1 of Vaswani et al., one head and one query at a time."""
+    q, k, v = layer.qkv(x).chunk(3, dim=-1)
+    size, heads = WIDTH // HEADS, []
+    for h in range(HEADS):
+        part = slice(h * size, (h + 1) * size)
+        scores = q[..., part] @ k[..., part].mT / math.sqrt(size)
+        scores = scores.masked_fill(~allowed, -math.inf)
+        heads.append(scores.softmax(-1) @ v[..., part])
+    return layer.out(torch.cat(heads, dim=-1))
+
+
+def looks_at(function, x):
+    """Which inputs each output hears of: (T, T) booleans, from gradients."""
+    x = x.clone().requires_grad_()
+    y = function(x)
+    rows = []
+    for i in range(y.shape[1]):
+        (gradient,) = torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)
+        rows.append((gradient != 0).any(-1).any(0))
+    return torch.stack(rows)
+
+
+# ---------------------------------------------------------------- residual block
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 16), (24, 8)])
+def test_a_residual_block_is_the_input_plus_two_convolutions(sizes, generator):
+    block = made(ResidualBlock, *sizes)
+    x = torch.randn(2, sizes[0], 5, 6, generator=generator, dtype=torch.float64)
+    y = F.group_norm(x, 8, block.norm1.weight, block.norm1.bias)
+    y = F.conv2d(F.silu(y), block.conv1.weight, block.conv1.bias, padding=1)
+    y = F.group_norm(y, 8, block.norm2.weight, block.norm2.bias)
+    y = F.conv2d(F.silu(y), block.conv2.weight, block.conv2.bias, padding=1)
+    before = x if sizes[0] == sizes[1] else F.conv2d(x, block.skip.weight, block.skip.bias)
+    assert torch.allclose(block(x), before + y, atol=1e-12)
+
+
+def test_a_silent_residual_block_passes_its_input_on_untouched(generator):
+    block = made(ResidualBlock, 8, 8)
+    nn.init.zeros_(block.conv2.weight)
+    nn.init.zeros_(block.conv2.bias)
+    x = torch.randn(2, 8, 4, 4, generator=generator, dtype=torch.float64)
+    assert torch.equal(block(x), x)
+    assert not list(block.skip.parameters())
+
+
+@pytest.mark.parametrize("sizes", [(12, 8), (8, 12), (0, 8), (8, -8), (3, 16)])
+def test_channels_that_no_group_norm_takes_are_refused(sizes):
+    with pytest.raises(ValueError, match="multiples of 8, not"):
+        ResidualBlock(*sizes)
+
+
+# ---------------------------------------------------------------- QuickGELU
+
+
+def test_quick_gelu_is_its_formula_and_nearly_the_gelu():
+    x = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    y = QuickGELU()(x)
+    assert torch.allclose(y, x / (1 + torch.exp(-1.702 * x)), atol=1e-12)
+    assert (y - F.gelu(x)).abs().max() < 0.021
+    # Not SiLU, which is the same with 1 in the place of 1.702.
+    assert (y - F.silu(x)).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------- KV cache
+
+
+def test_a_cache_gives_back_everything_so_far_in_order(generator, device):
+    keys, values = torch.randn(2, 2, 3, 6, 4, generator=generator).to(device)
+    cache = KVCache(2, 3, 6, 4, like=keys)
+    for start, end in ((0, 3), (3, 4), (4, 6)):
+        k, v = cache.extend(keys[:, :, start:end], values[:, :, start:end])
+        assert torch.equal(k, keys[:, :, :end]) and torch.equal(v, values[:, :, :end])
+        assert cache.length == end
+
+
+def test_a_full_cache_says_so_and_stays_as_it_was():
+    cache = KVCache(1, 1, 3, 2, like=torch.zeros(1))
+    cache.extend(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="holds 3 tokens; 4 do not fit"):
+        cache.extend(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+    assert cache.length == 2
+    keys, _ = cache.extend(torch.full((1, 1, 1, 2), 2.0), torch.zeros(1, 1, 1, 2))
+    assert keys[0, 0, :, 0].tolist() == [1, 1, 2]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 4), (2, 1, 1, 4), (2, 3, 1, 5), (6, 3, 1, 4)])
+def test_a_cache_refuses_keys_of_another_batch_head_or_width(shape):
+    # A batch of 1 would be broadcast silently: one picture's past for all.
+    cache = KVCache(2, 3, 6, 4, like=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"made for keys like \(2, 3, 6, 4\), not"):
+        cache.extend(torch.zeros(shape), torch.zeros(shape))
+    assert cache.length == 0
+
+
+def test_a_cache_takes_the_precision_that_comes():
+    cache = KVCache(1, 1, 2, 2, like=torch.zeros(1))
+    half = torch.ones(1, 1, 1, 2, dtype=torch.bfloat16)
+    for _ in range(2):
+        keys, values = cache.extend(half, half)
+        assert keys.dtype == values.dtype == torch.bfloat16
+
+
+def test_a_cache_copies_what_it_is_given():
+    keys, values = torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2)
+    cache = KVCache(1, 1, 2, 2, like=nn.Parameter(torch.zeros(3)))
+    assert not cache.keys.requires_grad
+    cache.extend(keys, values)
+    keys.zero_()
+    values.zero_()
+    k, v = cache.extend(keys, values)
+    assert k[0, 0, 0].tolist() == v[0, 0, 0].tolist() == [1, 1]
+
+
+# ---------------------------------------------------------------- attention
+
+
+def test_attention_is_equation_1(x):
+    layer = made(Attention, WIDTH, HEADS)
+    everything = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
+    assert torch.allclose(layer(x), attention_by_hand(layer, x, everything), atol=1e-12)
+
+
+def test_attention_without_a_mask_does_not_know_the_order(x):
+    layer = made(Attention, WIDTH, HEADS)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    assert torch.allclose(layer(x)[:, order], layer(x[:, order]), atol=1e-12)
+
+
+def test_true_in_a_mask_is_where_attention_is_allowed(x, generator):
+    layer = made(Attention, WIDTH, HEADS)
+    mask = torch.rand(TOKENS, TOKENS, generator=generator) < 0.5
+    mask.fill_diagonal_(True)
+    assert torch.allclose(layer(x, mask), attention_by_hand(layer, x, mask), atol=1e-12)
+    assert torch.equal(looks_at(lambda x: layer(x, mask), x), mask)
+
+
+def test_a_mask_broadcasts_over_batch_heads_and_queries(x):
+    layer = made(Attention, WIDTH, HEADS)
+    real = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    y = layer(x, real[:, None, None])
+    assert torch.allclose(y[:1, :3], layer(x[:1, :3]), atol=1e-12)
+    assert torch.allclose(y[1:], layer(x[1:]), atol=1e-12)
+
+
+def test_causal_attention_looks_at_itself_and_backwards(x):
+    layer = made(Attention, WIDTH, HEADS)
+    backwards = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    y = layer(x, is_causal=True)
+    assert torch.allclose(y, attention_by_hand(layer, x, backwards), atol=1e-12)
+    assert torch.allclose(y, layer(x, backwards), atol=1e-12)
+    assert torch.equal(looks_at(lambda x: layer(x, is_causal=True), x), backwards)
+
+
+@pytest.mark.parametrize("steps", [(1, 1, 1, 1, 1), (3, 2), (2, 1, 2), (5,)])
+def test_cached_causal_attention_is_causal_attention(x, steps, device):
+    layer, x = made(Attention, WIDTH, HEADS).to(device), x.to(device)
+    cache, parts = KVCache(BATCH, HEADS, TOKENS, WIDTH // HEADS, like=x), []
+    with torch.no_grad():
+        for part in x.split(steps, dim=1):
+            parts.append(layer(part, cache=cache, is_causal=True))
+        whole = layer(x, is_causal=True)
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-12)
+
+
+def test_cached_attention_without_a_mask_sees_all_new_tokens_too(x):
+    layer = made(Attention, WIDTH, HEADS)
+    cache = KVCache(BATCH, HEADS, TOKENS, WIDTH // HEADS, like=x)
+    with torch.no_grad():
+        layer(x[:, :2], cache=cache)
+        late = layer(x[:, 2:], cache=cache)
+        assert torch.allclose(late, layer(x)[:, 2:], atol=1e-12)
+
+
+def test_a_cached_mask_counts_the_tokens_seen_in_all(x, generator):
+    layer = made(Attention, WIDTH, HEADS)
+    mask = (torch.rand(TOKENS, TOKENS, generator=generator) < 0.5).tril()
+    mask.fill_diagonal_(True)
+    cache = KVCache(BATCH, HEADS, TOKENS, WIDTH // HEADS, like=x)
+    with torch.no_grad():
+        layer(x[:, :3], mask[:3, :3], cache)
+        late = layer(x[:, 3:], mask[3:], cache)
+        assert torch.allclose(late, layer(x, mask)[:, 3:], atol=1e-12)
+
+
+def test_attention_caches_half_precision_under_autocast(x):
+    layer, x = made(Attention, WIDTH, HEADS).float(), x.float()
+    cache = KVCache(BATCH, HEADS, TOKENS, WIDTH // HEADS, like=x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        parts = [layer(part, cache=cache, is_causal=True) for part in x.split(1, dim=1)]
+        whole = layer(x, is_causal=True)
+    assert cache.keys.dtype == torch.bfloat16
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=0.1)
+
+
+def test_a_mask_and_causality_together_are_refused(x):
+    with pytest.raises(ValueError, match="not both"):
+        made(Attention, WIDTH, HEADS)(
+            x, torch.ones(TOKENS, TOKENS, dtype=torch.bool), is_causal=True
+        )
+
+
+@pytest.mark.parametrize("sizes", [(12, 5), (12, 0), (12, -3), (3, 4)])
+def test_a_width_that_heads_cannot_share_is_refused(sizes):
+    with pytest.raises(ValueError, match=r"width \(\d+\) must be a multiple of the heads"):
+        Attention(*sizes)
+    with pytest.raises(ValueError, match="multiple of the heads"):
+        TransformerBlock(*sizes)
+
+
+# ---------------------------------------------------------------- Transformer block
+
+
+def test_a_transformer_block_normalises_first_and_adds_twice(x):
+    block = made(TransformerBlock, WIDTH, HEADS)
+    middle = x + block.attention(block.norm1(x))
+    first, _, second = block.mlp
+    assert first.out_features == 4 * WIDTH
+    hidden = F.gelu(first(block.norm2(middle)), approximate="tanh")
+    assert torch.allclose(block(x), middle + second(hidden), atol=1e-12)
+
+
+def test_a_transformer_block_takes_another_activation(x):
+    block = made(TransformerBlock, WIDTH, HEADS)
+    quick = made(TransformerBlock, WIDTH, HEADS, QuickGELU())
+    assert quick.state_dict().keys() == block.state_dict().keys()
+    quick.load_state_dict(block.state_dict())
+    middle = x + quick.attention(quick.norm1(x))
+    first, _, second = quick.mlp
+    hidden = first(quick.norm2(middle))
+    expected = middle + second(hidden * torch.sigmoid(1.702 * hidden))
+    assert torch.allclose(quick(x), expected, atol=1e-12)
+    assert not torch.allclose(quick(x), block(x), atol=1e-3)
+
+
+def test_a_stack_of_causal_blocks_never_looks_ahead(x):
+    torch.manual_seed(0)
+    blocks = [made(TransformerBlock, WIDTH, HEADS) for _ in range(3)]
+
+    def stack(x):
+        for block in blocks:
+            x = block(x, is_causal=True)
+        return x
+
+    backwards = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    assert torch.equal(looks_at(stack, x), backwards)
+
+
+def test_a_cached_stack_of_blocks_is_the_stack(x):
+    blocks = [made(TransformerBlock, WIDTH, HEADS) for _ in range(2)]
+    caches = [KVCache(BATCH, HEADS, TOKENS, WIDTH // HEADS, like=x) for _ in blocks]
+    parts, whole = [], x
+    with torch.no_grad():
+        for part in x.split((2, 1, 1, 1), dim=1):
+            for block, cache in zip(blocks, caches, strict=True):
+                part = block(part, cache=cache, is_causal=True)
+            parts.append(part)
+        for block in blocks:
+            whole = block(whole, is_causal=True)
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-12)
+
+
+def test_a_block_hands_its_mask_to_attention(x, generator):
+    block = made(TransformerBlock, WIDTH, HEADS)
+    mask = torch.rand(TOKENS, TOKENS, generator=generator) < 0.5
+    mask.fill_diagonal_(True)
+    assert torch.equal(looks_at(lambda x: block(x, mask), x), mask)
+
+
+# ---------------------------------------------------------------- manners
+
+
+def test_no_brick_changes_its_arguments(x, generator):
+    picture = torch.randn(2, 8, 4, 4, generator=generator, dtype=torch.float64)
+    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    cache = KVCache(BATCH, HEADS, TOKENS, WIDTH // HEADS, like=x)
+    before = [t.clone() for t in (x, picture, mask)]
+    with torch.no_grad():
+        made(ResidualBlock, 8, 16)(picture)
+        made(Attention, WIDTH, HEADS)(x, mask)
+        made(TransformerBlock, WIDTH, HEADS)(x, mask)
+        made(TransformerBlock, WIDTH, HEADS)(x, cache=cache, is_causal=True)
+        QuickGELU()(x)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, picture, mask), strict=True))
+
+
+@pytest.mark.parametrize(
+    "brick, shape",
+    [
+        (lambda: ResidualBlock(8, 16), (2, 8, 4, 4)),
+        (lambda: Attention(WIDTH, HEADS), (2, 5, WIDTH)),
+        (lambda: TransformerBlock(WIDTH, HEADS), (2, 5, WIDTH)),
+    ],
+)
+def test_every_parameter_gets_a_gradient(brick, shape, generator):
+    brick = brick()
+    brick(torch.randn(shape, generator=generator)).square().sum().backward()
+    for name, parameter in brick.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

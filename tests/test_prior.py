@@ -1,0 +1,733 @@
+"""Priors look back and never ahead, hear the caption, and draw from what they predict."""
+
+import itertools
+import math
+from dataclasses import FrozenInstanceError
+
+import jaxtyping
+import pytest
+import torch
+from torch import nn
+
+from t2ilearn import prior
+from t2ilearn.prior import (
+    PixelCNN,
+    PriorConfig,
+    TransformerPrior,
+    check_sampling,
+    choose,
+    drop_captions,
+    prior_loss,
+    sample,
+    sample_steps,
+)
+from t2ilearn.tokens import END, NULL, PAD, null_caption
+
+K, SIDE, WORDS, VOCABULARY = 7, 4, 5, 11
+N = SIDE**2
+BOTH = pytest.mark.parametrize("kind", [TransformerPrior, PixelCNN])
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """No shape checks at run time: what a reader meets is the package's own message."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def small(kind, captions=True, **sizes):
+    """A prior in float64 with weights so large that whatever can be heard is heard."""
+    torch.manual_seed(0)
+    words = {"vocabulary": VOCABULARY, "text_length": WORDS} if captions else {}
+    config = {"codes": K, "side": SIDE, "width": 16, "depth": 3, "heads": 2, **words, **sizes}
+    model = kind(PriorConfig(**config)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def codes(generator):
+    return torch.randint(K, (3, N), generator=generator)
+
+
+@pytest.fixture
+def caption():
+    """Captions of four, three and two words with their end, then padding."""
+    return torch.tensor([[3, 4, 5, 6, END], [7, 8, 9, END, PAD], [10, 3, END, PAD, PAD]])
+
+
+def given(captions, caption):
+    return caption if captions else None
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"heads": 0}, "width 16 must be a multiple of heads 0"),
+        ({"heads": 3}, "width 16 must be a multiple of heads 3"),
+        ({"width": 0}, "width 0 must be"),
+        ({"codes": 1}, "Two codes"),
+        ({"side": 0}, "side of one"),
+        ({"depth": 0}, "one block"),
+        ({"vocabulary": -1}, "the least"),
+        ({"vocabulary": 9, "text_length": 1}, "two ids at least, not 1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(wrong, said):
+    sizes = {"codes": K, "side": SIDE, "width": 16, "depth": 2, "heads": 2}
+    with pytest.raises(ValueError, match=said):
+        PriorConfig(**{**sizes, **wrong})
+
+
+def test_a_config_counts_codes_and_words_and_cannot_be_changed():
+    config = PriorConfig(side=3, vocabulary=9, text_length=6)
+    assert (config.length, config.words) == (9, 6)
+    assert PriorConfig(text_length=1).words == 0  # without a vocabulary there are no captions
+    with pytest.raises(FrozenInstanceError):
+        config.side = 4
+
+
+@BOTH
+@pytest.mark.parametrize("captions", [True, False])
+def test_there_are_logits_for_every_code(kind, captions, codes, caption):
+    model = small(kind, captions)
+    logits = model(codes, given(captions, caption))
+    assert logits.shape == (3, N, K)
+    for n in (1, 2, 9):  # a beginning gets the logits it has in the whole
+        part = model(codes[:, :n], given(captions, caption))
+        assert torch.allclose(part, logits[:, :n], atol=1e-12)
+
+
+@BOTH
+def test_every_parameter_learns(kind, codes, caption):
+    torch.manual_seed(0)
+    model = kind(small(kind).config)
+    prior_loss(model(codes, caption), codes).total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+# ---------------------------------------------------------------- what looks at what
+
+
+def hears(model, codes, caption=None):
+    """(N, N) booleans: do the logits of code i change when code j is another?"""
+    n = codes.shape[1]
+    variants = codes[:1].repeat(n, 1)
+    variants[range(n), range(n)] = (variants[range(n), range(n)] + 1) % K
+    caption = None if caption is None else caption[:1]
+    with torch.no_grad():
+        before = model(codes[:1], caption)
+        after = model(variants, None if caption is None else caption.expand(n, -1))
+    return ((after - before).abs().amax(-1) > 1e-11).T
+
+
+@BOTH
+@pytest.mark.parametrize("captions", [True, False])
+def test_each_code_hears_of_all_before_it_and_of_none_after(kind, captions, codes, caption):
+    earlier = torch.ones(N, N, dtype=torch.bool).tril(-1)
+    assert torch.equal(hears(small(kind, captions), codes, given(captions, caption)), earlier)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_pixelcnn_of_any_depth_never_looks_ahead(depth, generator):
+    codes = torch.randint(K, (1, 36), generator=generator)
+    heard = hears(small(PixelCNN, captions=False, side=6, depth=depth), codes)
+    assert not heard.triu().any()
+    # The blind spot of a single masked stack is up and to the right; two stacks have none.
+    row, column = (torch.arange(36) // 6), torch.arange(36) % 6
+    up = (row[:, None] - row).clamp(min=0)
+    aside = (column[:, None] - column).abs()
+    near = torch.ones(36, 36, dtype=torch.bool).tril(-1) & (up <= 2) & (aside <= 2)
+    assert heard[near].all()
+    if depth == 4:
+        assert torch.equal(heard, torch.ones(36, 36, dtype=torch.bool).tril(-1))
+
+
+@BOTH
+def test_gradients_agree_that_nothing_looks_ahead(kind, codes, caption):
+    # By way of the embedded codes, in case two codes should happen to say the same.
+    model, seen = small(kind), []
+    weight = model.code_embedding.weight.detach()
+
+    def embed(module, inputs, output):
+        seen.append(weight[inputs[0]].clone().requires_grad_())
+        return seen[-1]
+
+    model.code_embedding.register_forward_hook(embed)
+    logits = model(codes[:1], caption[:1])
+    for i in range(N):
+        (gradient,) = torch.autograd.grad(logits[0, i].sum(), seen[0], retain_graph=True)
+        strength = gradient[0].abs().sum(-1).flatten()
+        strength = torch.nn.functional.pad(strength, (0, N - len(strength)))  # the last is not read
+        assert (strength[:i] > 0).all() and not strength[i:].any()
+
+
+@BOTH
+def test_every_code_hears_every_word(kind, codes, caption):
+    model = small(kind)
+    before = model(codes[:1], caption[:1])
+    for place in range(WORDS - 1):
+        other = caption[:1].clone()
+        other[0, place] = 9
+        assert ((model(codes[:1], other) - before).abs().amax(-1) > 1e-9).all()
+
+
+@BOTH
+def test_pictures_of_a_batch_do_not_hear_of_each_other(kind, codes, caption):
+    model = small(kind)
+    together = model(codes, caption)
+    for i in range(3):
+        alone = model(codes[i : i + 1], caption[i : i + 1])
+        assert torch.allclose(alone, together[i : i + 1], atol=1e-12)
+
+
+@BOTH
+def test_padding_is_never_heard(kind, codes, caption):
+    model = small(kind)
+    before = model(codes, caption)
+    with torch.no_grad():
+        model.word_embedding.weight[PAD] = torch.randn(16)
+        model.position[3:5] = torch.randn(2, 16)  # the third caption's padding, the first's words
+    after = model(codes, caption)
+    assert torch.allclose(after[2], before[2], atol=1e-12)
+    assert not torch.allclose(after[0], before[0], atol=1e-3)
+
+
+@BOTH
+def test_padding_gets_no_gradient(kind, codes, caption):
+    model = small(kind)
+    prior_loss(model(codes[2:], caption[2:]), codes[2:]).total.backward()
+    assert not model.word_embedding.weight.grad[PAD].any()
+    assert not model.position.grad[3:WORDS].any() and model.position.grad[:3].all()
+
+
+@BOTH
+def test_a_caption_is_no_bag_of_words(kind, codes, caption):
+    model, swapped = small(kind), caption.clone()
+    swapped[:, [0, 1]] = caption[:, [1, 0]]
+    difference = (model(codes, swapped) - model(codes, caption)).abs().amax((1, 2))
+    assert (difference > 0.01).all()
+
+
+@BOTH
+def test_positions_do_not_whisper_at_the_start(kind):
+    torch.manual_seed(0)
+    model = kind(PriorConfig(codes=64, width=64, heads=2, depth=1, vocabulary=64, text_length=16))
+    ratio = model.position.std() / model.word_embedding.weight.std()
+    assert 0.9 < ratio.item() < 1.1
+
+
+def test_the_transformer_has_one_matrix_for_codes_in_and_out(codes, caption):
+    model = small(TransformerPrior)
+    before = model(codes[:, :1], caption)  # of the first code, which no code comes before
+    with torch.no_grad():
+        model.code_embedding.weight[4] *= 2
+    after = model(codes[:, :1], caption)
+    assert torch.allclose(after[..., 4], 2 * before[..., 4], atol=1e-12)
+    others = [k for k in range(K) if k != 4]
+    assert torch.allclose(after[..., others], before[..., others], atol=1e-12)
+
+
+# ---------------------------------------------------------------- loss and captions
+
+
+def test_the_loss_is_the_mean_of_minus_log_p(codes, generator):
+    logits = 3 * torch.randn(3, N, K, generator=generator)
+    by_hand = 0.0
+    for b, i in itertools.product(range(3), range(N)):
+        p = logits[b, i].double().exp()
+        by_hand -= math.log(p[codes[b, i]] / p.sum()) / (3 * N)
+    loss = prior_loss(logits, codes)
+    assert loss.total.item() == pytest.approx(by_hand, abs=1e-6)
+    assert loss.cross_entropy == loss.total
+
+
+def test_a_model_that_knows_nothing_pays_the_logarithm_of_k(codes):
+    assert prior_loss(torch.zeros(3, N, K), codes).total.item() == pytest.approx(math.log(K))
+
+
+def test_the_loss_of_half_precision_is_taken_in_float32(codes, generator):
+    logits = (5 * torch.randn(3, N, K, generator=generator)).bfloat16()
+    loss = prior_loss(logits, codes).total
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(prior_loss(logits.double(), codes).total.item(), abs=1e-6)
+
+
+def test_no_caption_is_a_caption_of_its_own():
+    assert null_caption(2, 5).tolist() == [[NULL, END, PAD, PAD, PAD]] * 2
+    assert null_caption(1, 2).dtype == torch.int64 and null_caption(0, 4).shape == (0, 4)
+    assert len({PAD, END, NULL}) == 3
+
+
+def test_captions_are_dropped_at_the_stated_rate_whole_or_not_at_all(generator):
+    caption = torch.randint(3, VOCABULARY, (5000, WORDS), generator=generator)
+    before = caption.clone()
+    for rate in (0.0, 0.1, 0.5, 1.0):
+        dropped = drop_captions(caption, rate, generator)
+        null = (dropped == null_caption(1, WORDS)).all(1)
+        assert torch.equal(dropped[~null], caption[~null])
+        slack = 5 * math.sqrt(rate * (1 - rate) / 5000)
+        assert abs(null.double().mean().item() - rate) <= slack
+    assert torch.equal(caption, before)
+
+
+def test_dropping_repeats_with_its_seed(device):
+    caption = torch.full((400, WORDS), 3, device=device)
+    a, b, c = (drop_captions(caption, 0.5, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.device == caption.device
+
+
+@BOTH
+def test_no_caption_does_not_say_what_a_caption_says(kind, codes, caption):
+    model = small(kind)
+    difference = model(codes, null_caption(3, WORDS)) - model(codes, caption)
+    assert (difference.abs().amax((1, 2)) > 0.01).all()
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def probabilities(monkeypatch, logits, **how):
+    """The distribution from which `choose` draws, exactly."""
+    seen = []
+
+    def multinomial(p, count, generator=None):
+        seen.append(p.clone())
+        return p.argmax(1, keepdim=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "multinomial", multinomial)
+        choose(logits, **how)
+    (p,) = seen
+    return p
+
+
+P = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.85, 0.05, 0.06, 0.04]])
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_logits_are_divided_by_the_temperature(monkeypatch, temperature):
+    p = probabilities(monkeypatch, P.log() + 5, temperature=temperature)
+    expected = P ** (1 / temperature)
+    assert torch.allclose(p, expected / expected.sum(1, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "how, kept",
+    [
+        ({"top_k": 1}, [[0, 1, 0, 0], [1, 0, 0, 0]]),
+        ({"top_k": 2}, [[0, 1, 0, 1], [1, 0, 1, 0]]),
+        ({"top_k": 3}, [[0, 1, 1, 1], [1, 1, 1, 0]]),
+        ({"top_k": 4}, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        ({"top_p": 1e-6}, [[0, 1, 0, 0], [1, 0, 0, 0]]),
+        ({"top_p": 0.39}, [[0, 1, 0, 0], [1, 0, 0, 0]]),
+        ({"top_p": 0.41}, [[0, 1, 0, 1], [1, 0, 0, 0]]),
+        ({"top_p": 0.69}, [[0, 1, 0, 1], [1, 0, 0, 0]]),
+        ({"top_p": 0.88}, [[0, 1, 1, 1], [1, 0, 1, 0]]),
+        ({"top_p": 1.0}, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        # The nucleus is taken from what the k likeliest share among them, which 3/7 starts.
+        ({"top_k": 2, "top_p": 0.5}, [[0, 1, 0, 0], [1, 0, 0, 0]]),
+        ({"top_k": 3, "top_p": 0.87}, [[0, 1, 1, 1], [1, 0, 0, 0]]),
+    ],
+)
+def test_only_the_likeliest_are_left_in_their_proportions(monkeypatch, how, kept):
+    p = probabilities(monkeypatch, P.log(), **how)
+    expected = P * torch.tensor(kept)
+    assert torch.allclose(p, expected / expected.sum(1, keepdim=True), atol=1e-6)
+
+
+def test_the_temperature_comes_before_the_nucleus(monkeypatch):
+    # At τ = 0.5 the likeliest of the first row has 0.53 and is a nucleus of 0.5 alone.
+    p = probabilities(monkeypatch, P.log(), temperature=0.5, top_p=0.5)
+    assert p.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.6}])
+def test_draws_come_as_often_as_they_should(monkeypatch, how, generator):
+    p = probabilities(monkeypatch, P[:1].log(), **how)[0]
+    n = 8000
+    drawn = choose(P[:1].log().expand(n, -1), generator=generator, **how)
+    frequency = torch.bincount(drawn, minlength=4) / n
+    assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
+
+
+def test_no_temperature_takes_the_likeliest(generator):
+    logits = torch.randn(50, K, generator=generator)
+    assert torch.equal(choose(logits, temperature=0.0), logits.argmax(1))
+    assert torch.equal(choose(logits, temperature=0.0, top_p=0.1, top_k=2), logits.argmax(1))
+    assert torch.equal(choose(logits, top_k=1, generator=generator), logits.argmax(1))
+    assert torch.equal(choose(logits, temperature=1e-4, generator=generator), logits.argmax(1))
+
+
+def test_choosing_repeats_with_its_seed_and_touches_nothing_else(device):
+    logits = torch.zeros(100, K, device=device)
+    before, state = logits.clone(), torch.random.get_rng_state()
+    options = {"temperature": 0.9, "top_k": 5, "top_p": 0.9}
+    a, b, c = (
+        choose(logits, **options, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    )
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.dtype == torch.int64 and a.device == logits.device
+    assert torch.equal(logits, before) and torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_what_is_impossible_is_never_drawn(generator):
+    logits = torch.zeros(2000, 3)
+    logits[:, 1] = -math.inf
+    for how in ({}, {"top_k": 3}, {"top_p": 0.99}):
+        assert set(choose(logits, generator=generator, **how).tolist()) == {0, 2}
+
+
+def test_half_precision_logits_are_chosen_from_in_float32(monkeypatch):
+    p = probabilities(monkeypatch, P.log().bfloat16(), temperature=0.7, top_p=0.95)
+    assert p.dtype == torch.float32 and p.sum(1).tolist() == pytest.approx([1, 1], abs=1e-6)
+
+
+# ---------------------------------------------------------------- drawing, one code after another
+
+
+def logits_while_drawing(monkeypatch, model, codes, caption, **how):
+    """The logits behind each draw while exactly these codes are drawn: (B, steps, K)."""
+    seen, first = [], how["start"].shape[1] if "start" in how else 0
+
+    def forced(logits, *_):
+        seen.append(logits)
+        return codes[:, first + len(seen) - 1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prior, "choose", forced)
+        (*_, last) = sample_steps(model, caption, count=len(codes), **how)
+    assert torch.equal(last, codes)
+    return torch.stack(seen, dim=1)
+
+
+@BOTH
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.5])
+def test_guided_logits_are_u_plus_s_times_c_minus_u(
+    monkeypatch, kind, use_cache, scale, codes, caption
+):
+    model = small(kind)
+    c, u = model(codes, caption), model(codes, null_caption(3, WORDS))
+    drawn = logits_while_drawing(
+        monkeypatch, model, codes, caption, guidance_scale=scale, use_cache=use_cache
+    )
+    assert torch.allclose(drawn, u + scale * (c - u), atol=1e-10)
+    assert (c - u).abs().max() > 0.01
+
+
+@BOTH
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("captions", [True, False])
+@pytest.mark.parametrize("given_codes", [0, 1, 8, N - 1])
+def test_drawing_goes_on_from_a_start_as_if_it_had_been_drawn(
+    monkeypatch, kind, use_cache, captions, given_codes, codes, caption
+):
+    model, caption = small(kind, captions), given(captions, caption)
+    start = codes[:, :given_codes]
+    drawn = logits_while_drawing(
+        monkeypatch, model, codes, caption, start=start, use_cache=use_cache
+    )
+    assert torch.allclose(drawn, model(codes, caption)[:, given_codes:], atol=1e-10)
+
+
+@BOTH
+def test_guided_completion_with_a_cache(monkeypatch, kind, codes, caption):
+    model = small(kind)
+    c, u = model(codes, caption), model(codes, null_caption(3, WORDS))
+    start = codes[:, :6]
+    drawn = logits_while_drawing(
+        monkeypatch, model, codes, caption, start=start, guidance_scale=3.0
+    )
+    assert torch.allclose(drawn, (u + 3 * (c - u))[:, 6:], atol=1e-10)
+
+
+@BOTH
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("scale, captions", [(1.0, True), (2.0, True), (1.0, False)])
+def test_cached_and_uncached_drawing_agree_in_float32(kind, temperature, scale, captions, caption):
+    model = small(kind, captions).float()
+    a, b = (
+        sample(
+            model,
+            given(captions, caption),
+            count=3,
+            temperature=temperature,
+            guidance_scale=scale,
+            generator=torch.Generator().manual_seed(0),
+            use_cache=use_cache,
+        )
+        for use_cache in (True, False)
+    )
+    assert torch.equal(a, b) and a.shape == (3, N)
+    assert temperature == 0 or a.unique().numel() > 2
+
+
+@BOTH
+def test_scale_one_is_the_conditional_and_scale_zero_the_unconditional_model(kind, caption):
+    model = small(kind)
+
+    def draw(caption, **how):
+        return sample(model, caption, generator=torch.Generator().manual_seed(1), **how)
+
+    assert torch.equal(draw(caption, guidance_scale=1.0), draw(caption))
+    unconditional = draw(null_caption(3, WORDS))
+    assert torch.equal(draw(caption, guidance_scale=0.0), unconditional)
+    assert torch.equal(draw(null_caption(3, WORDS), guidance_scale=4.0), unconditional)
+    assert not torch.equal(draw(caption), unconditional)
+    assert not torch.equal(draw(caption, guidance_scale=4.0), draw(caption))
+
+
+@BOTH
+def test_drawing_one_by_one_is_drawing_from_the_whole(kind):
+    # All pictures of four codes out of two: their probabilities add to 1, and come that often.
+    model = small(kind, captions=False, codes=2, side=2)
+    everything = torch.tensor(list(itertools.product((0, 1), repeat=4)))
+    with torch.no_grad():
+        steps = model(everything).log_softmax(-1).gather(2, everything[..., None])[..., 0]
+    p = steps.sum(1).exp()
+    assert p.sum().item() == pytest.approx(1, abs=1e-9)
+    n = 6000
+    drawn = sample(model, count=n, generator=torch.Generator().manual_seed(0))
+    number = (drawn * torch.tensor([8, 4, 2, 1])).sum(1)
+    frequency = torch.bincount(number, minlength=16) / n
+    assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
+    assert (p - 1 / 16).abs().max() > 0.02  # the model has preferences
+
+
+@BOTH
+def test_each_step_adds_one_code_and_the_last_is_the_sample(kind, caption):
+    model = small(kind)
+    steps = list(sample_steps(model, caption, generator=torch.Generator().manual_seed(0)))
+    assert [s.shape for s in steps] == [(3, n) for n in range(1, N + 1)]
+    assert all(torch.equal(a, b[:, :-1]) for a, b in itertools.pairwise(steps))
+    assert torch.equal(
+        steps[-1], sample(model, caption, generator=torch.Generator().manual_seed(0))
+    )
+    assert steps[-1].dtype == torch.int64 and 0 <= steps[-1].min() and steps[-1].max() < K
+
+
+@BOTH
+def test_a_start_is_kept(kind, codes, caption, generator):
+    model, start = small(kind), codes[:, :7]
+    before = start.clone()
+    steps = list(sample_steps(model, caption, start=start, generator=generator))
+    assert len(steps) == N - 7 and all(torch.equal(s[:, :7], before) for s in steps)
+    assert torch.equal(start, before)
+
+
+@BOTH
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_start_tells_how_many_pictures_there_are(kind, use_cache, codes, generator):
+    model = small(kind, captions=False)
+    done = sample(model, start=codes[:, :7], generator=generator, use_cache=use_cache)
+    assert done.shape == (3, N) and torch.equal(done[:, :7], codes[:, :7])
+
+
+@BOTH
+def test_a_count_tells_how_many_pictures_there_are(kind, generator):
+    model = small(kind, captions=False)
+    assert sample(model, count=5, generator=generator).shape == (5, N)
+    assert sample(model, generator=generator).shape == (1, N)
+
+
+@BOTH
+def test_drawing_repeats_with_its_seed_and_changes_nothing(kind, caption):
+    model = small(kind).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    words, state = caption.clone(), torch.random.get_rng_state()
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return sample(model, caption, generator=generator, guidance_scale=2.0, top_p=0.9)
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert torch.equal(caption, words) and torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+@BOTH
+def test_models_and_losses_leave_their_arguments_alone(kind, codes, caption):
+    model = small(kind)
+    logits = model(codes, caption)
+    before = [t.clone() for t in (codes, caption, logits)]
+    model(codes, caption)
+    model.next_logits(codes[:, :4], caption)
+    model.next_logits(codes[:, :4], caption, model.new_caches(3))
+    prior_loss(logits, codes)
+    assert all(torch.equal(a, b) for a, b in zip(before, (codes, caption, logits), strict=True))
+
+
+@BOTH
+def test_drawing_works_where_the_weights_are(kind, device, caption, generator):
+    model, caption = small(kind).float().to(device), caption.to(device)
+    how = {"guidance_scale": 2.0, "top_k": 5, "top_p": 0.9}
+    drawn = sample(model, caption, generator=generator, **how)
+    assert drawn.device.type == device.type and drawn.shape == (3, N)
+    assert prior_loss(model(drawn, caption), drawn).total.isfinite()
+
+
+@BOTH
+def test_drawing_works_under_autocast(kind, caption, generator):
+    model = small(kind).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = sample(model, caption, generator=generator, guidance_scale=2.0)
+        logits = model(drawn, caption)
+    assert drawn.shape == (3, N) and logits.isfinite().all()
+
+
+def test_a_cache_saves_the_transformer_work_and_the_pixelcnn_has_none(caption, codes):
+    model, lengths = small(TransformerPrior), []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    sample(model, caption, generator=torch.Generator().manual_seed(0))
+    assert lengths == [WORDS + 1] + [1] * (N - 1)
+    assert [cache.keys.shape for cache in model.new_caches(4)] == [(4, 2, WORDS + N, 8)] * 3
+    assert small(PixelCNN).new_caches(4) is None
+
+
+# ---------------------------------------------------------------- eight pictures
+
+
+@BOTH
+def test_a_prior_learns_eight_pictures_and_their_captions(kind):
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(32, (8, N), generator=generator)
+    caption = torch.stack(
+        [torch.randperm(VOCABULARY - 3, generator=generator)[:WORDS] for _ in codes]
+    )
+    caption[:, -1] = END - 3
+    caption += 3
+    # Two captions of the same words in another order have other pictures.
+    caption[1, :4] = caption[0, [1, 0, 2, 3]]
+    model = kind(PriorConfig(32, SIDE, 48, 2, 2, VOCABULARY, WORDS))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        loss = prior_loss(model(codes, caption), codes).total
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 0.05  # from ln 32 = 3.5
+    drawn = sample(model.eval(), caption, temperature=0.0, generator=generator)
+    assert (drawn == codes).float().mean() > 0.99
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def word_ids(*shape):
+    return torch.full(shape, 3)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "caption, said",
+    [
+        (None, "with captions: give one"),
+        (word_ids(3, WORDS - 1), r"shape \(B, 5\), not \(3, 4\)"),
+        (word_ids(3, WORDS + 1), r"shape \(B, 5\), not \(3, 6\)"),
+        (word_ids(WORDS), r"shape \(B, 5\), not \(5,\)"),
+        (word_ids(3, WORDS) + VOCABULARY - 3, "Word ids go up to 10, not 11"),
+        (word_ids(3, WORDS) - 4, "Word ids"),
+    ],
+)
+def test_what_is_no_caption_is_refused(unchecked, kind, caption, said, codes, generator):
+    model = small(kind)
+    with pytest.raises(ValueError, match=said):
+        model(codes, caption)
+    with pytest.raises(ValueError, match=said):
+        sample(model, caption, generator=generator)
+
+
+@BOTH
+def test_a_caption_where_none_belongs_is_refused(unchecked, kind, codes, caption, generator):
+    model = small(kind, captions=False)
+    with pytest.raises(ValueError, match="without captions: give none"):
+        model(codes, caption)
+    with pytest.raises(ValueError, match="without captions: give none"):
+        sample(model, caption, generator=generator)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "codes, said",
+    [
+        (torch.zeros(3, N + 1, dtype=torch.int64), "At most 16 codes"),
+        (torch.zeros(3, SIDE, SIDE, dtype=torch.int64), "At most 16 codes"),
+        (torch.zeros(N, dtype=torch.int64), "At most 16 codes"),
+        (torch.full((3, 4), K), "from 0 to 6; these are 7"),
+        (torch.full((3, 4), -1), "from 0 to 6; these are -1"),
+    ],
+)
+def test_what_are_no_codes_is_refused(unchecked, kind, codes, said, caption, generator):
+    model = small(kind)
+    with pytest.raises(ValueError, match=said):
+        model(codes, caption)
+    with pytest.raises(ValueError, match=said):
+        sample(model, caption, start=codes, generator=generator)
+
+
+@BOTH
+@pytest.mark.parametrize("captions", [1, 2, 4])
+def test_captions_of_another_number_than_pictures_are_refused(
+    unchecked, kind, captions, codes, generator
+):
+    # One caption must not be shared silently by all: that is how a test of captions passes.
+    model, caption = small(kind), word_ids(captions, WORDS)
+    with pytest.raises(ValueError, match="caption"):
+        model(codes, caption)
+    with pytest.raises(ValueError, match="caption"):
+        sample(model, caption, start=codes[:, :4], generator=generator)
+
+
+@BOTH
+def test_a_caption_of_nothing_but_padding_is_refused(unchecked, kind, codes, caption):
+    # There is nothing to attend to, and a mean over no words is NaN; ∅ is `null_caption`.
+    caption[1] = PAD
+    with pytest.raises(ValueError, match="padding|word"):
+        small(kind)(codes, caption)
+
+
+@BOTH
+def test_a_start_that_is_complete_leaves_nothing_to_draw(kind, codes, caption, generator):
+    with pytest.raises(ValueError, match="All 16 codes are given"):
+        sample(small(kind), caption, start=codes, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ({"temperature": -0.1}, "temperature must be 0"),
+        ({"temperature": math.inf}, "temperature must be 0"),
+        ({"temperature": math.nan}, "temperature must be 0"),
+        ({"top_k": 0}, "top-k must be 1 … 7, not 0"),
+        ({"top_k": K + 1}, "top-k must be 1 … 7, not 8"),
+        ({"top_p": 0.0}, r"top-p must be in \(0, 1\], not 0.0"),
+        ({"top_p": 1.01}, "top-p must be in"),
+        ({"top_p": math.nan}, "top-p must be in"),
+        ({"guidance_scale": -1.0}, "guidance scale must be 0 or more, not -1"),
+        ({"guidance_scale": math.nan}, "guidance scale must be"),
+        ({"guidance_scale": math.inf}, "guidance scale must be"),
+    ],
+)
+def test_what_cannot_be_sampled_with_is_refused(how, said, caption, generator):
+    model = small(PixelCNN)
+    with pytest.raises(ValueError, match=said):
+        sample(model, caption, generator=generator, **how)
+    plain = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
+    check_sampling(model.config, **plain)
+    with pytest.raises(ValueError, match=said):
+        check_sampling(model.config, **{**plain, **how})
+
+
+def test_the_gated_layers_start_with_mask_a_and_go_on_with_mask_b():
+    layers = small(PixelCNN).layers
+    assert [layer.first for layer in layers] == [True, False, False]
+    assert [layer.horizontal.kernel_size for layer in layers] == [(1, 2), (1, 3), (1, 3)]
+    assert all(isinstance(layer.vertical, nn.Conv2d) for layer in layers)
