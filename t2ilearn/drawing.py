@@ -21,14 +21,16 @@ from torch import Tensor
 
 from t2ilearn import __version__, weights
 from t2ilearn.data.captions import encode, parse
-from t2ilearn.prior import PriorConfig, TransformerPrior, sample
+from t2ilearn.prior import PixelCNN, Prior, PriorConfig, TransformerPrior, sample
 from t2ilearn.reader import Reader, ReaderConfig, aligned, score
 from t2ilearn.vqvae import VQVAE, VQVAEConfig
 
 SYSTEMS = {
     "vqvae": ("vqvae-book", "prior-book"),
     "vqvae-tiny": ("vqvae-tiny", "prior-tiny"),
+    "pixelcnn-tiny": ("vqvae-tiny", "pixelcnn-tiny"),
 }
+PRIORS: dict[str, type[Prior]] = {"prior": TransformerPrior, "pixelcnn": PixelCNN}
 METADATA_KEY = "t2ilearn"
 MAX_COUNT = 64
 
@@ -37,7 +39,7 @@ class System(NamedTuple):
     """A VQ-VAE, the prior over its codes, and an id that changes with either's weights."""
 
     vqvae: VQVAE
-    prior: TransformerPrior
+    prior: Prior
     weights_id: str
 
 
@@ -54,10 +56,10 @@ def load_vqvae(name: str | Path) -> VQVAE:
     return model.eval()
 
 
-def load_prior(name: str | Path) -> TransformerPrior:
-    """A Transformer prior from shipped weights (or a path), in evaluation mode."""
+def load_prior(name: str | Path) -> Prior:
+    """A prior of either kind from shipped weights (or a path), in evaluation mode."""
     stored = weights.load(name)
-    model = TransformerPrior(_config(PriorConfig, stored.card["config"]))
+    model = PRIORS[stored.card["system"]](_config(PriorConfig, stored.card["config"]))
     weights.load_into(model, stored)
     return model.eval()
 

@@ -22,6 +22,14 @@ def _checked(features: Tensor, name: str, least: int = 2) -> Tensor:
     return features.double()
 
 
+def _pair(real: Tensor, fake: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
+    real = _checked(real, "The real features", least)
+    fake = _checked(fake, "The fake features", least)
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"Features of {real.shape[1]} and {fake.shape[1]} dimensions.")
+    return real, fake
+
+
 def _root(matrix: Tensor) -> Tensor:
     """The symmetric square root of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
@@ -34,9 +42,7 @@ def frechet_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"]) -> 
     A^½ B A^½ is symmetric, so that its eigenvalues are real even with fewer samples than
     features; the usual (A B)^½ gets complex roots there.
     """
-    real, fake = _checked(real, "The real features"), _checked(fake, "The fake features")
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"Features of {real.shape[1]} and {fake.shape[1]} dimensions.")
+    real, fake = _pair(real, fake)
     a, b = torch.cov(real.T), torch.cov(fake.T)
     a, b = torch.atleast_2d(a), torch.atleast_2d(b)
     half = _root(a)
@@ -47,7 +53,7 @@ def frechet_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"]) -> 
 
 def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"]) -> float:
     """Unbiased squared MMD with the kernel (x·y / D + 1)³ (Bińkowski 2018, Eq. 4)."""
-    real, fake = _checked(real, "The real features"), _checked(fake, "The fake features")
+    real, fake = _pair(real, fake)
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return (x @ y.T / x.shape[1] + 1) ** 3
@@ -70,8 +76,9 @@ def precision_recall(
     real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], k: int = 5
 ) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi 2019, Eq. 1): inside a k-NN ball of the other."""
-    real = _checked(real, "The real features", k + 1)
-    fake = _checked(fake, "The fake features", k + 1)
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, not {k}.")
+    real, fake = _pair(real, fake, k + 1)
 
     def covered(points: Tensor, by: Tensor) -> float:
         radius = torch.cdist(by, by).topk(k + 1, largest=False).values[:, -1]
@@ -116,13 +123,25 @@ class Interval(NamedTuple):
 def bootstrap(
     metric: Callable[..., float], *sets: Tensor, generator: torch.Generator, rounds: int = 200
 ) -> Interval:
-    """A metric's interval by resampling each set with replacement (Efron 1979), percentile 2.5."""
+    """A metric with its 95 % interval by resampling each set with replacement (Efron 1979).
+
+    The interval is the spread of the resampled values about their own mean, put around the value:
+    resampled sets hold duplicates, which shifts a Fréchet or kernel distance upwards.
+
+    Raises:
+        ValueError: if there is no set, an empty one, or fewer than two rounds.
+    """
+    if not sets or not all(len(s) for s in sets) or rounds < 2:
+        raise ValueError("A bootstrap needs at least one set, none of them empty, and two rounds.")
     values = []
     for _ in range(rounds):
         picks = [torch.randint(len(s), (len(s),), generator=generator) for s in sets]
         values.append(float(metric(*(s[p] for s, p in zip(sets, picks, strict=True)))))
-    low, high = torch.tensor(values).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return Interval(float(metric(*sets)), low, high)
+    resampled = torch.tensor(values, dtype=torch.float64)
+    around = resampled.quantile(torch.tensor([0.025, 0.975]).double()) - resampled.mean()
+    value = float(metric(*sets))
+    low, high = (value + around).tolist()
+    return Interval(value, low, high)
 
 
 def inception_features(download: bool = False) -> torch.nn.Module:
@@ -135,18 +154,18 @@ def inception_features(download: bool = False) -> torch.nn.Module:
             be fetched.
     """
     from torchvision.models import Inception_V3_Weights, inception_v3
+    from torchvision.transforms import Resize
 
     chosen = Inception_V3_Weights.IMAGENET1K_V1
     cached = torch.hub.get_dir() + "/checkpoints/" + chosen.url.rsplit("/", 1)[1]
     try:
         if not download:
             open(cached, "rb").close()
-        model = inception_v3(weights=chosen)
+        model = inception_v3(weights=chosen, transform_input=False)  # ours are in [−1, 1]
     except OSError as error:
         raise RuntimeError(
             f"Inception's weights are not at hand ({error}). Call with download=True on a machine "
             "with internet (104 MB), or use the judge's features, which ship."
         ) from None
     model.fc = torch.nn.Identity()
-    resize = torch.nn.Upsample((299, 299), mode="bilinear", antialias=True)  # type: ignore[call-arg]
-    return torch.nn.Sequential(resize, model).eval()
+    return torch.nn.Sequential(Resize((299, 299), antialias=True), model).eval()

@@ -128,12 +128,17 @@ class Prior(nn.Module):
             raise ValueError(f"This is a prior {kind}.")
         if caption is not None and (caption.ndim != 2 or caption.shape[1] != words):
             raise ValueError(f"Captions have shape (B, {words}), not {tuple(caption.shape)}.")
-        if caption is not None and caption.numel() and caption.max() >= self.config.vocabulary:
-            raise ValueError(
-                f"Word ids go up to {self.config.vocabulary - 1}, not {caption.max().item()}."
-            )
+        if caption is not None and caption.numel():
+            top = self.config.vocabulary - 1
+            if not 0 <= caption.min() <= caption.max() <= top:
+                worst = caption.max().item() if caption.max() > top else caption.min().item()
+                raise ValueError(f"Word ids go up to {top}, not {worst}.")
+            if (caption == PAD).all(1).any():
+                raise ValueError("A caption is all padding; null_caption() is none at all.")
+        if caption is not None and codes.ndim == 2 and len(caption) != len(codes):
+            raise ValueError(f"{len(codes)} pictures but {len(caption)} captions.")
         if codes.ndim != 2 or codes.shape[1] > length:
-            raise ValueError(f"At most {length} codes: (B, N ≤ {length}), not {codes.shape}.")
+            raise ValueError(f"At most {length} codes: (B, N ≤ {length}), not {tuple(codes.shape)}.")
         if codes.numel() and not 0 <= codes.min() <= codes.max() <= last:
             wrong = f"{codes.min().item()} … {codes.max().item()}"
             raise ValueError(f"Codes are numbers from 0 to {last}; these are {wrong}.")
@@ -271,7 +276,7 @@ class GatedLayer(nn.Module):
         self,
         v: Float[Tensor, "b d h w"],
         h: Float[Tensor, "b d h w"],
-        condition: Float[Tensor, "b d2 1 1"],
+        condition: Float[Tensor, "#b #d2 1 1"],
     ) -> tuple[Float[Tensor, "b d h w"], Float[Tensor, "b d h w"]]:
         """Both stacks, one layer on; the condition is added before the gates (Eq. 4)."""
         r = self.reach
@@ -323,7 +328,7 @@ class PixelCNN(Prior):
         """What each layer hears of the caption, the same at all places: (B or 1, 2 D, 1, 1)."""
         width, depth = self.config.width, self.config.depth
         if caption is None:
-            return [torch.zeros((), device=self.code_embedding.weight.device)] * depth
+            return [self.code_embedding.weight.new_zeros(1, 1, 1, 1)] * depth
         real = caption != PAD  # (B, T)
         x = self.reader(self.word_embedding(caption) + self.position, real[:, None, None])
         mean = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)  # (B, D)
@@ -350,7 +355,7 @@ def choose(
     """
     if temperature == 0:
         return logits.argmax(1)
-    logits = logits.float() / temperature
+    logits = (logits - logits.amax(1, keepdim=True)).float() / temperature  # ≤ 0: no overflow
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None:
@@ -390,7 +395,8 @@ def sample_steps(
         ValueError: for an argument outside its range, or inputs that this prior does not take.
     """
     check_sampling(model.config, temperature, top_k, top_p, guidance_scale)
-    batch = (count or 1) if caption is None else len(caption)
+    given = caption if start is None else start
+    batch = (count or 1) if given is None else len(given)
     device = next(model.parameters()).device
     codes = torch.zeros(batch, 0, dtype=torch.int64, device=device) if start is None else start
     model.check(codes, caption)

@@ -3,11 +3,12 @@
     t2ilearn train vqvae --preset tiny      # then: t2ilearn train prior --preset tiny
 
 `tiny` trains on a laptop; `book` makes what ships. A recipe is data: read `RECIPES`, then the one
-function of the system. Every run writes its weights and its card into `RUNS/SYSTEM-PRESET/`.
+function of the system. Every run writes its weights and its card into `RUNS/SYSTEM-PRESET/`, and
+what the card says was measured on the weights as they come back from that file.
 """
 
-import math
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,10 @@ from torch import Tensor, nn
 from t2ilearn import __version__, weights
 from t2ilearn.data import Shapes, TinyShapes, encode
 from t2ilearn.data.shapes import render
-from t2ilearn.drawing import load_reader, load_vqvae
-from t2ilearn.metrics import codebook_usage, frechet_distance, perplexity, psnr
-from t2ilearn.prior import (
-    PriorConfig,
-    TransformerPrior,
-    drop_captions,
-    prior_loss,
-    sample,
-)
-from t2ilearn.reader import UNREADABLE, Reader, ReaderConfig, aligned, junk, read, reader_loss
+from t2ilearn.drawing import PRIORS, load_vqvae
+from t2ilearn.evaluation import blur, evaluate_prior, evaluate_reader, evaluate_vqvae
+from t2ilearn.prior import Prior, PriorConfig, drop_captions, prior_loss, sample
+from t2ilearn.reader import UNREADABLE, Reader, ReaderConfig, junk, reader_loss
 from t2ilearn.training import TrainConfig, TrainResult, train
 from t2ilearn.vqvae import VQVAE, VQVAEConfig, vqvae_loss
 
@@ -69,11 +64,52 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         PriorConfig(codes=1024, width=192, depth=5, heads=6, vocabulary=WORDS),
         TrainConfig(4000, 96, 2e-3, 0.02, ema_decay=0.998),
     ),
+    ("pixelcnn", "tiny"): Recipe(
+        TinyShapes(),
+        PriorConfig(codes=256, width=40, depth=4, heads=2, vocabulary=WORDS),
+        TrainConfig(1200, 64, 2e-3, ema_decay=0.99),
+    ),
+    ("pixelcnn", "book"): Recipe(
+        Shapes(),
+        PriorConfig(codes=1024, width=96, depth=6, heads=3, vocabulary=WORDS),
+        TrainConfig(4000, 96, 1e-3, 0.02, ema_decay=0.998),
+    ),
 }
 
-_CODES_PER_WORLD = {"tiny-shapes": 8_000, "shapes": 60_000}
-TEST_PICTURES = 5_000
+CODES_PER_WORLD = {"tiny-shapes": 8_000, "shapes": 60_000}  # pictures that a prior learns from
 REVIVE_EVERY = 25  # steps; late in training the codebook is left in peace
+DROP_CAPTIONS = 0.1  # the share of a prior's captions that say nothing, so that guidance works
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a recipe: where it goes, and how it is run."""
+
+    recipe: Recipe
+    system: str
+    preset: str
+    runs: Path
+    how: dict[str, Any]  # precision and progress, for `train`
+
+    @property
+    def name(self) -> str:
+        """The name of its weights; readers come in one size only."""
+        readers = ("judge", "reader")
+        return self.system if self.system in readers else f"{self.system}-{self.preset}"
+
+    def train(
+        self, model: nn.Module, make_batch: Any, compute_loss: Any, **options: Any
+    ) -> TrainResult:
+        """`training.train` with this run's config, folder and options."""
+        config, run_dir = self.recipe.train, self.runs / self.name
+        return train(model, make_batch, compute_loss, config, run_dir, **options, **self.how)
+
+    def vqvae(self) -> tuple[VQVAE, str]:
+        """The VQ-VAE whose codes a prior learns, and its SHA-256: this folder's, or the shipped."""
+        name = f"vqvae-{self.preset}"
+        own = self.runs / name / f"{name}.safetensors"
+        found = own if own.exists() else name
+        return load_vqvae(found), weights.load(found).card["sha256"]
 
 
 def train_system(
@@ -88,13 +124,15 @@ def train_system(
     """Train one part by its recipe, measure it, and write weights and card.
 
     Args:
-        system: "judge", "reader", "vqvae" or "prior".
+        system: "judge", "reader", "vqvae", "prior" or "pixelcnn".
         preset: "tiny" or "book".
         runs: the folder for runs; an interrupted run is resumed from there.
         steps: fewer or more steps than the recipe's.
+        precision: "no", "bf16" or "fp16"; by default what suits the device.
 
     Returns:
-        The safetensors file, with its card beside it.
+        The safetensors file, with its card beside it. After Ctrl-C it holds the partial model, and
+        the card has no metrics.
 
     Raises:
         ValueError: for an unknown system or preset.
@@ -105,10 +143,10 @@ def train_system(
     recipe = RECIPES[system, preset]
     if steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
-    name = system if system in ("judge", "reader") else f"{system}-{preset}"
-    build = {"judge": _reader, "reader": _reader, "vqvae": _vqvae, "prior": _prior}[system]
-    run_dir = Path(runs) / name
-    result, metrics = build(recipe, run_dir, preset, precision=precision, progress=progress)
+    how = {"precision": precision, "progress": progress}
+    job = Job(recipe, system, preset, Path(runs), how)
+    run, evaluate = _SYSTEMS[system]
+    result = run(job)
     card = {
         "system": system,
         "preset": preset,
@@ -118,13 +156,18 @@ def train_system(
         "steps": result.steps_done,
         "minutes": round(result.seconds / 60, 1),
         "device": _device_name(),
-        "precision": precision or "fp32",
+        "precision": result.precision,
         "parameters": sum(p.numel() for p in result.model.parameters()),
-        "metrics": metrics,
         "command": _command(system, preset, steps, precision),
         "version": __version__,
     }
-    return weights.save(run_dir, name, result.model.state_dict(), card)
+    path = weights.save(job.runs / job.name, job.name, result.model.state_dict(), card)
+    if result.stopped:
+        return path
+    stored = weights.load(path)
+    weights.load_into(result.model, stored)
+    card["metrics"] = evaluate(job, result.model)
+    return weights.save(path.parent, job.name, stored.state, card)
 
 
 def _command(system: str, preset: str, steps: int | None, precision: str | None) -> str:
@@ -139,15 +182,6 @@ def _device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def share(right: Tensor) -> dict[str, float]:
-    """A share of pictures with the half-width of its 95 % interval, both in [0, 1]."""
-    value = right.float().mean().item()
-    return {
-        "value": round(value, 4),
-        "half_width": round(1.96 * math.sqrt(value * (1 - value) / len(right)), 4),
-    }
 
 
 # --- readers -----------------------------------------------------------------------------------
@@ -167,27 +201,12 @@ def degrade(
     return (out + strength * torch.randn(out.shape, generator=generator)).clamp(-1, 1)
 
 
-def blur(pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """Each pixel becomes the mean of its 3×3 neighbourhood."""
-    return F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-
-
-def jpeg(pictures: Float[Tensor, "b 3 h w"], quality: int) -> Float[Tensor, "b 3 h w"]:
-    """Through JPEG and back."""
-    from torchvision.io import decode_jpeg, encode_jpeg
-
-    as_bytes = pictures.add(1).mul(127.5).round().clamp(0, 255).byte()
-    back = [decode_jpeg(encode_jpeg(p, quality)) for p in as_bytes]
-    return torch.stack(back).float().div(127.5).sub(1)
-
-
-def _reader(
-    recipe: Recipe, run_dir: Path, preset: str, *, precision: str | None, progress: bool
-) -> tuple[TrainResult, dict]:
-    world, spoiled = recipe.world, recipe.train.batch_size // 12
+def _train_reader(job: Job) -> TrainResult:
+    world, recipe = job.recipe.world, job.recipe
+    size, spoiled = recipe.train.batch_size, recipe.train.batch_size // 12
 
     def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        scenes = world.scenes(recipe.train.batch_size, recipe.split, generator=generator)
+        scenes = world.scenes(size, recipe.split, generator=generator)
         pictures = degrade(render(scenes, world.resolution, generator), generator)
         pictures[:spoiled] = junk(pictures, generator)[:spoiled]
         scenes[:spoiled], scenes[:spoiled, 0] = -1, UNREADABLE
@@ -198,48 +217,25 @@ def _reader(
         return reader_loss(model(pictures), facts)
 
     torch.manual_seed(recipe.train.seed)
-    reader = Reader(recipe.model)
-    result = train(
-        reader, make_batch, compute_loss, recipe.train, run_dir,
-        precision=precision, progress=progress,
-    )  # fmt: skip
-    return result, evaluate_reader(reader, world)
+    return job.train(Reader(recipe.model), make_batch, compute_loss)
 
 
-def evaluate_reader(reader: Reader, world: Shapes, n: int = 2000) -> dict:
-    """Share of real pictures read fully right: ceiling, floor, and under damage."""
-    pictures, captions = world.test_set("test-full", n)
-    generator = torch.Generator().manual_seed(0)
-    noise = 0.1 * torch.randn(pictures.shape, generator=generator)
-    versions = {
-        "real": pictures,
-        "blur 3x3": blur(pictures),
-        "noise 0.1": (pictures + noise).clamp(-1, 1),
-        "jpeg 50": jpeg(pictures, 50),
-        "at 32 px": F.interpolate(pictures, (32, 32), mode="area"),
-    }
-    metrics: dict[str, Any] = {
-        name: share(aligned(reader, version, captions)) for name, version in versions.items()
-    }
-    metrics["floor (captions shuffled)"] = share(
-        aligned(reader, pictures, captions[1:] + captions[:1])
-    )
-    metrics["junk called readable"] = share(read(reader, junk(pictures, generator)).readable)
-    return metrics
+def _evaluate_reader(job: Job, reader: nn.Module) -> dict[str, Any]:
+    assert isinstance(reader, Reader)
+    return evaluate_reader(reader, job.recipe.world)
 
 
 # --- VQ-VAE ------------------------------------------------------------------------------------
 
 
-def _vqvae(
-    recipe: Recipe, run_dir: Path, preset: str, *, precision: str | None, progress: bool
-) -> tuple[TrainResult, dict]:
-    world = recipe.world
+def _train_vqvae(job: Job) -> TrainResult:
+    world, recipe = job.recipe.world, job.recipe
     torch.manual_seed(recipe.train.seed)
     model = VQVAE(recipe.model)
 
     def make_batch(step: int, generator: torch.Generator) -> Tensor:
-        return world.sample(recipe.train.batch_size, recipe.split, generator=generator).pictures
+        scenes = world.scenes(recipe.train.batch_size, recipe.split, generator=generator)
+        return render(scenes, world.resolution, generator)
 
     def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
         return vqvae_loss(batch, model(batch), beta=recipe.model.beta)
@@ -248,120 +244,70 @@ def _vqvae(
         if step % REVIVE_EVERY == 0 and step < 0.7 * recipe.train.steps:
             model.revive(batch, generator)
 
-    start = make_batch(0, torch.Generator().manual_seed(recipe.train.seed))
-    model.kmeans_start(start, torch.Generator().manual_seed(recipe.train.seed))
     examples = world.test_set("test-full", 8).pictures
-    result = train(
-        model, make_batch, compute_loss, recipe.train, run_dir, after_step=revive,
-        draw_samples=lambda _: torch.cat([examples, model.decode_tokens(model.tokens(examples))]),
-        precision=precision, progress=progress,
-    )  # fmt: skip
-    return result, evaluate_vqvae(model, world)
+
+    def draw_samples(_: nn.Module) -> Tensor:
+        x = examples.to(next(model.parameters()).device)
+        return torch.cat([x, model.decode_tokens(model.tokens(x))])
+
+    generator = torch.Generator().manual_seed(recipe.train.seed)
+    model.kmeans_start(make_batch(0, generator), generator)
+    return job.train(model, make_batch, compute_loss, after_step=revive, draw_samples=draw_samples)
 
 
-@torch.no_grad()
-def evaluate_vqvae(model: VQVAE, world: Shapes, n: int = 2000) -> dict:
-    """PSNR, codebook usage and perplexity over the test pictures, and what the judge still reads.
-
-    `judge (real)` is the ceiling: the same pictures before the codes.
-    """
-    judge = load_reader("judge")
-    generator = torch.Generator().manual_seed(0)
-    scenes = world.scenes(TEST_PICTURES, "test", generator=generator)
-    pictures = render(scenes, world.resolution, generator)
-    codes = torch.cat([model.tokens(part) for part in pictures.split(250)])
-    test = world.test_set("test-full", n)
-    back = torch.cat([model.decode_tokens(model.tokens(p)) for p in test.pictures.split(250)])
-    return {
-        "psnr_db": round(psnr(back.clamp(-1, 1), test.pictures).mean().item(), 2),
-        "usage": round(float(codebook_usage(codes, model.config.codes)), 4),
-        "perplexity": round(float(perplexity(codes, model.config.codes)), 1),
-        "judge (reconstructions)": share(aligned(judge, back, test.captions)),
-        "judge (real)": share(aligned(judge, test.pictures, test.captions)),
-    }
+def _evaluate_vqvae(job: Job, model: nn.Module) -> dict[str, Any]:
+    assert isinstance(model, VQVAE)
+    return evaluate_vqvae(model, job.recipe.world)
 
 
 # --- priors over its codes ---------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _encode_world(vqvae: VQVAE, world: Shapes, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Scenes and their codes, computed once: training then never touches a pixel."""
+def encode_world(vqvae: VQVAE, world: Shapes, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Scenes (n, 11) and their codes (n, N), computed once: training never touches a pixel."""
     generator = torch.Generator().manual_seed(seed)
     scenes = world.scenes(n, "train", generator=generator)
-    codes = [
-        vqvae.tokens(render(part, world.resolution, generator)).to(torch.int16)
-        for part in scenes.split(250)
-    ]
-    return scenes, torch.cat(codes)
+    parts = [vqvae.tokens(render(s, world.resolution, generator)) for s in scenes.split(250)]
+    return scenes, torch.cat(parts).to(torch.int16)
 
 
-def _prior(
-    recipe: Recipe, run_dir: Path, preset: str, *, precision: str | None, progress: bool
-) -> tuple[TrainResult, dict]:
-    world, size = recipe.world, recipe.train.batch_size
-    own = run_dir.parent / f"vqvae-{preset}" / f"vqvae-{preset}.safetensors"
-    vqvae = load_vqvae(own if own.exists() else f"vqvae-{preset}")
-    scenes, codes = _encode_world(vqvae, world, _CODES_PER_WORLD[world.name], recipe.train.seed)
+def _train_prior(job: Job) -> TrainResult:
+    world, recipe, vqvae = job.recipe.world, job.recipe, job.vqvae()[0]
+    size = recipe.train.batch_size
+    scenes, codes = encode_world(vqvae, world, CODES_PER_WORLD[world.name], recipe.train.seed)
 
     def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(scenes), (size,), generator=generator)
         captions = encode(world.mixed_captions(scenes[rows], generator))  # new words each time
-        return codes[rows].long(), drop_captions(captions, 0.1, generator)
+        return codes[rows].long(), drop_captions(captions, DROP_CAPTIONS, generator)
 
     def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
         tokens, captions = batch
         return prior_loss(model(tokens, captions), tokens)
 
+    torch.manual_seed(recipe.train.seed)
+    prior = PRIORS[job.system](recipe.model)
     examples = encode(world.test_set("test-full", 8).captions)
 
-    torch.manual_seed(recipe.train.seed)
-    prior = TransformerPrior(recipe.model)
+    def draw_samples(_: nn.Module) -> Tensor:
+        ids = examples.to(next(prior.parameters()).device)
+        drawn = sample(prior, ids, generator=torch.Generator().manual_seed(0))
+        return vqvae.decode_tokens(drawn.cpu())
 
-    def draw_samples(model: nn.Module) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return vqvae.decode_tokens(sample(prior, examples, generator=generator))
-
-    result = train(
-        prior, make_batch, compute_loss, recipe.train, run_dir,
-        draw_samples=draw_samples, precision=precision, progress=progress,
-    )  # fmt: skip
-    metrics = evaluate_prior(vqvae, prior, world)
-    metrics["vqvae"] = weights.load(own if own.exists() else f"vqvae-{preset}").card["sha256"]
-    return result, metrics
+    return job.train(prior, make_batch, compute_loss, draw_samples=draw_samples)
 
 
-@torch.no_grad()
-def evaluate_prior(
-    vqvae: VQVAE,
-    prior: TransformerPrior,
-    world: Shapes,
-    n: int = 2000,
-    guidance_scale: float = 1.0,
-) -> dict:
-    """Caption alignment on the three test sets, with the judge's ceiling and floor, and the
-    Fréchet distance in reader features with its own floor (real against real)."""
-    judge = load_reader("judge")
-    metrics: dict[str, Any] = {}
-    for name in ("test-full", "test-partial", "composition"):
-        test = world.test_set(name, n)
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.cat(
-            [
-                vqvae.decode_tokens(
-                    sample(prior, part, guidance_scale=guidance_scale, generator=generator)
-                )
-                for part in encode(test.captions).split(100)
-            ]
-        )
-        metrics[name] = share(aligned(judge, drawn, test.captions))
-        if name == "test-full":
-            other = world.sample(n, "test", generator=generator).pictures
-            real, fake, again = (judge.features(p) for p in (test.pictures, drawn, other))
-            metrics["ceiling (real)"] = share(aligned(judge, test.pictures, test.captions))
-            shuffled = test.captions[1:] + test.captions[:1]
-            metrics["floor (captions shuffled)"] = share(aligned(judge, drawn, shuffled))
-            metrics["frechet_reader"] = round(float(frechet_distance(real, fake)), 3)
-            metrics["frechet_reader floor"] = round(float(frechet_distance(real, again)), 3)
-    metrics["guidance_scale"] = guidance_scale
-    return metrics
+def _evaluate_prior(job: Job, prior: nn.Module) -> dict[str, Any]:
+    vqvae, sha256 = job.vqvae()
+    assert isinstance(prior, Prior)
+    return evaluate_prior(vqvae, prior, job.recipe.world) | {"vqvae": sha256}
+
+
+_SYSTEMS: dict[str, tuple[Callable[[Job], TrainResult], Callable[[Job, nn.Module], dict]]] = {
+    "judge": (_train_reader, _evaluate_reader),
+    "reader": (_train_reader, _evaluate_reader),
+    "vqvae": (_train_vqvae, _evaluate_vqvae),
+    "prior": (_train_prior, _evaluate_prior),
+    "pixelcnn": (_train_prior, _evaluate_prior),
+}

@@ -65,7 +65,8 @@ class TrainResult(NamedTuple):
     """The trained model: averaged weights, evaluation mode, on the device where it was before.
 
     `curves` maps "step", each loss term, "gradient_norm" and "learning_rate" to lists of equal
-    length; `seconds` counts all sittings; `stopped` says that the run was interrupted.
+    length; `seconds` counts all sittings; `stopped` says that the run was interrupted;
+    `precision` is "no" (float32), "bf16" or "fp16".
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class TrainResult(NamedTuple):
     steps_done: int
     seconds: float
     stopped: bool
+    precision: str
 
 
 def train(
@@ -160,7 +162,14 @@ def train(
             run.checkpoint()
     accelerator.wait_for_everyone()
     average.store()
-    return TrainResult(bare.eval(), run.curves.points, run.done, run.seconds(), run.stopped)
+    return TrainResult(
+        bare.eval(),
+        run.curves.points,
+        run.done,
+        run.seconds(),
+        run.stopped,
+        accelerator.mixed_precision,
+    )
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:

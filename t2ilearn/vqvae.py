@@ -379,8 +379,10 @@ class VectorQuantizer(nn.Module):
         Arthur & Vassilvitskii 2007)."""
         error = (z - self.look_up(self.nearest(z))).square().sum(1).flatten()  # (B h w,)
         chance = (error + 1e-6 * error.mean() + 1e-12).cpu()  # never 0: there may be many to draw
-        chosen = torch.multinomial(chance, count, generator=generator) if count else []
-        return _flat(z)[torch.as_tensor(chosen, dtype=torch.int64, device=z.device)]
+        if count == 0:
+            return z.new_zeros(0, z.shape[1])
+        chosen = torch.multinomial(chance, count, generator=generator)
+        return _flat(z)[chosen.to(z.device)]
 
 
 class EMAQuantizer(VectorQuantizer):
@@ -435,6 +437,10 @@ class FSQ(nn.Module):
         if self.levels**code_dim != codes or self.levels < 3:
             fits = ", ".join(f"{n**code_dim}" for n in range(3, 9))
             raise ValueError(f"FSQ with {code_dim} numbers has {fits} … codes, not {codes}.")
+        middle, numbers = self.levels // 2, torch.arange(codes)[:, None]
+        digits = numbers // self.levels ** torch.arange(code_dim) % self.levels
+        self.grid: Tensor
+        self.register_buffer("grid", (digits - middle) / middle, persistent=False)
 
     def forward(self, z: Float[Tensor, "b d h w"]) -> Quantized:
         z = self.project(z)
@@ -460,13 +466,11 @@ class FSQ(nn.Module):
 
     def rows(self) -> Float[Tensor, "k d"]:
         """All K codes of the grid."""
-        middle, numbers = self.levels // 2, torch.arange(self.levels**self.code_dim)[:, None]
-        digits = numbers // self.levels ** torch.arange(self.code_dim) % self.levels
-        return (digits - middle) / middle
+        return self.grid
 
     def look_up(self, codes: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
         """Codes' numbers → points of the grid."""
-        return F.embedding(codes, self.rows().to(codes.device)).movedim(-1, 1)
+        return F.embedding(codes, self.rows()).movedim(-1, 1)
 
 
 def _flat(z: Float[Tensor, "b d h w"]) -> Float[Tensor, "n d"]:
@@ -559,7 +563,7 @@ class VQVAE(nn.Module):
         """
         side, last = self.config.side, self.config.codes - 1
         if codes.ndim != 2 or codes.shape[1] != side**2:
-            raise ValueError(f"A picture has {side}² codes: (B, {side**2}), not {codes.shape}.")
+            raise ValueError(f"A picture has {side}² codes: (B, {side**2}), not {tuple(codes.shape)}.")
         if codes.numel() and not 0 <= codes.min() <= codes.max() <= last:
             wrong = f"{codes.min().item()} … {codes.max().item()}"
             raise ValueError(f"Codes are numbers from 0 to {last}; these are {wrong}.")

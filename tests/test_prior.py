@@ -7,7 +7,6 @@ from dataclasses import FrozenInstanceError
 import jaxtyping
 import pytest
 import torch
-from torch import nn
 
 from t2ilearn import prior
 from t2ilearn.prior import (
@@ -175,6 +174,19 @@ def test_every_code_hears_every_word(kind, codes, caption):
         other = caption[:1].clone()
         other[0, place] = 9
         assert ((model(codes[:1], other) - before).abs().amax(-1) > 1e-9).all()
+
+
+def test_words_read_each_other_in_both_directions_and_no_codes(codes, caption):
+    model, seen = small(TransformerPrior), []
+    model.blocks[0].register_forward_hook(lambda _, inputs, output: seen.append(output[0, :WORDS]))
+    other = caption.clone()
+    other[:, 3] = 9
+    with torch.no_grad():
+        for words, picture in ((caption, codes), (other, codes), (caption, (codes + 1) % K)):
+            model(picture, words)
+    before, other_word, other_codes = seen
+    assert ((other_word - before).abs().amax(-1) > 1e-6).all()
+    assert torch.equal(other_codes, before)
 
 
 @BOTH
@@ -492,7 +504,7 @@ def test_drawing_one_by_one_is_drawing_from_the_whole(kind):
         steps = model(everything).log_softmax(-1).gather(2, everything[..., None])[..., 0]
     p = steps.sum(1).exp()
     assert p.sum().item() == pytest.approx(1, abs=1e-9)
-    n = 6000
+    n = 4000
     drawn = sample(model, count=n, generator=torch.Generator().manual_seed(0))
     number = (drawn * torch.tensor([8, 4, 2, 1])).sum(1)
     frequency = torch.bincount(number, minlength=16) / n
@@ -730,4 +742,21 @@ def test_the_gated_layers_start_with_mask_a_and_go_on_with_mask_b():
     layers = small(PixelCNN).layers
     assert [layer.first for layer in layers] == [True, False, False]
     assert [layer.horizontal.kernel_size for layer in layers] == [(1, 2), (1, 3), (1, 3)]
-    assert all(isinstance(layer.vertical, nn.Conv2d) for layer in layers)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_both_stacks_of_a_gated_layer_hear_the_condition(first, generator):
+    # Eq. 4 with silent convolutions: tanh(a) · σ(b) of the condition's halves, and nothing else.
+    layer = prior.GatedLayer(4, first).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        layer.out.weight.copy_(torch.eye(4)[..., None, None])
+    v, h, condition = (
+        torch.randn(2, d, s, s, generator=generator, dtype=torch.float64)
+        for d, s in ((4, 3), (4, 3), (8, 1))
+    )
+    gate = (condition[:, :4].tanh() * condition[:, 4:].sigmoid()).expand(-1, -1, 3, 3)
+    new_v, new_h = layer(v, h, condition)
+    assert torch.allclose(new_v, gate, atol=1e-12)
+    assert torch.allclose(new_h, gate if first else h + gate, atol=1e-12)

@@ -1,0 +1,174 @@
+"""What a trained part is measured by: the figures on its card, each between floor and ceiling.
+
+Every share of pictures comes with the half-width of its 95 % interval, every distance with a
+bootstrap interval. The *ceiling* is what the judge says of real pictures, the *floor* of pictures
+under other pictures' captions, or of real pictures against other real ones.
+"""
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from t2ilearn.data import Shapes, encode
+from t2ilearn.data.shapes import render
+from t2ilearn.drawing import load_reader
+from t2ilearn.metrics import (
+    Interval,
+    bootstrap,
+    codebook_usage,
+    frechet_distance,
+    kernel_distance,
+    perplexity,
+    precision_recall,
+    psnr,
+)
+from t2ilearn.prior import Prior, sample
+from t2ilearn.reader import Reader, aligned, junk, read
+from t2ilearn.vqvae import VQVAE
+
+TEST_PICTURES = 5_000  # codebook usage is over so many
+CHUNK = 125
+
+
+def share(right: Bool[Tensor, " n"]) -> dict[str, float]:
+    """A share of pictures and the half-width of its 95 % interval, both in [0, 1].
+
+    Wilson's half-width: it does not vanish when all or none are right.
+    """
+    n, p, z = len(right), right.float().mean().item(), 1.96
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return {"value": round(p, 4), "half_width": round(half, 4)}
+
+
+def rounded(interval: Interval, digits: int = 4) -> dict[str, float]:
+    """An interval as a card says it."""
+    return {name: round(value, digits) for name, value in interval._asdict().items()}
+
+
+def blur(pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    """Each pixel becomes the mean of its 3×3 neighbourhood."""
+    return F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
+
+
+def jpeg(pictures: Float[Tensor, "b 3 h w"], quality: int) -> Float[Tensor, "b 3 h w"]:
+    """Through JPEG and back."""
+    from torchvision.io import decode_jpeg, encode_jpeg
+
+    as_bytes = pictures.add(1).mul(127.5).round().clamp(0, 255).byte()
+    back = [decode_jpeg(encode_jpeg(p, quality)) for p in as_bytes]
+    return torch.stack(back).float().div(127.5).sub(1)
+
+
+def evaluate_reader(reader: Reader, world: Shapes, n: int = 2000) -> dict[str, Any]:
+    """Share of real pictures read fully right: ceiling, floor, and under damage."""
+    pictures, captions = world.test_set("test-full", n)
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(pictures.shape, generator=generator)
+    versions = {
+        "real": pictures,
+        "blur 3x3": blur(pictures),
+        "noise 0.1": (pictures + noise).clamp(-1, 1),
+        "jpeg 50": jpeg(pictures, 50),
+        "at 32 px": F.interpolate(pictures, (32, 32), mode="area"),
+    }
+    metrics: dict[str, Any] = {
+        name: share(aligned(reader, version, captions)) for name, version in versions.items()
+    }
+    shuffled = captions[1:] + captions[:1]
+    metrics["floor (captions shuffled)"] = share(aligned(reader, pictures, shuffled))
+    metrics["junk called readable"] = share(read(reader, junk(pictures, generator)).readable)
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_vqvae(model: VQVAE, world: Shapes, n: int = 2000) -> dict[str, Any]:
+    """PSNR, codebook usage and perplexity over test pictures, and what the judge still reads."""
+    judge, generator = load_reader("judge"), torch.Generator().manual_seed(0)
+    scenes = world.scenes(TEST_PICTURES, "test", generator=generator)
+    codes = torch.cat(
+        [model.tokens(render(s, world.resolution, generator)) for s in scenes.split(CHUNK)]
+    )
+    real = world.test_set("test-full", n)
+    back = _reconstructed(model, real.pictures)
+    quality = bootstrap(lambda x: x.mean().item(), psnr(back, real.pictures), generator=generator)
+    features = [judge.features(p) for p in (real.pictures, back)]
+    return {
+        "PSNR, dB": rounded(quality, 2),
+        "codebook usage": round(codebook_usage(codes, model.config.codes), 4),
+        "perplexity": round(perplexity(codes, model.config.codes), 1),
+        "judge on reconstructions": share(aligned(judge, back, real.captions)),
+        "judge on real pictures": share(aligned(judge, real.pictures, real.captions)),
+        "Fréchet distance in reader features": rounded(
+            bootstrap(frechet_distance, *features, generator=generator, rounds=50)
+        ),
+    }
+
+
+def _reconstructed(model: VQVAE, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    parts = [model.decode_tokens(model.tokens(part)) for part in pictures.split(CHUNK)]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+@torch.no_grad()
+def evaluate_prior(
+    vqvae: VQVAE, prior: Prior, world: Shapes, n: int = 2000, guidance: tuple[float, ...] = (1, 2)
+) -> dict[str, Any]:
+    """Caption alignment on the three test sets at each guidance scale, and how far the drawings
+    are from real pictures, beside reconstructions (ceiling) and other real pictures (floor)."""
+    judge, generator = load_reader("judge"), torch.Generator().manual_seed(1)
+    metrics: dict[str, Any] = {}
+    real = world.test_set("test-full", n)
+    shuffled = real.captions[1:] + real.captions[:1]
+    back = _reconstructed(vqvae, real.pictures)
+    metrics["ceiling: real pictures"] = share(aligned(judge, real.pictures, real.captions))
+    metrics["ceiling: reconstructions"] = share(aligned(judge, back, real.captions))
+    for scale in guidance:
+        for name in ("test-full", "test-partial", "composition"):
+            captions = real.captions if name == "test-full" else world.test_scenes(name, n)[1]
+            drawn, seconds = _drawn(vqvae, prior, captions, scale)
+            metrics[f"{name}, guidance {scale:g}"] = share(aligned(judge, drawn, captions))
+            if name == "test-full":
+                if scale == guidance[0]:
+                    floor = share(aligned(judge, drawn, shuffled))
+                    metrics["floor: captions shuffled"] = floor
+                    metrics["seconds a picture, in batches"] = round(seconds / n, 4)
+                distances = _distances(judge, real.pictures, drawn, generator)
+                metrics |= {f"{what}, guidance {scale:g}": v for what, v in distances.items()}
+    other = world.sample(n, "test", generator=generator).pictures
+    floor = _distances(judge, real.pictures, other, generator)
+    return metrics | {f"{what}, floor (real)": v for what, v in floor.items()}
+
+
+def _drawn(
+    vqvae: VQVAE, prior: Prior, captions: list[str], scale: float
+) -> tuple[Float[Tensor, "n 3 h w"], float]:
+    """One drawing a caption, and the seconds that all took."""
+    generator, began = torch.Generator().manual_seed(0), time.perf_counter()
+    parts: list[Tensor] = []
+    for ids in encode(captions).split(CHUNK):
+        codes: Int[Tensor, "b n"] = sample(prior, ids, guidance_scale=scale, generator=generator)
+        parts.append(vqvae.decode_tokens(codes).clamp(-1, 1))
+    return torch.cat(parts), time.perf_counter() - began
+
+
+def _distances(
+    judge: Reader, real: Tensor, fake: Tensor, generator: torch.Generator
+) -> dict[str, Any]:
+    """How far two sets of pictures are apart, in the judge's features."""
+    a, b = judge.features(real), judge.features(fake)
+    precision, recall = precision_recall(a, b)
+    return {
+        "Fréchet distance in reader features": rounded(
+            bootstrap(frechet_distance, a, b, generator=generator, rounds=50)
+        ),
+        "kernel distance": rounded(
+            bootstrap(kernel_distance, a, b, generator=generator, rounds=20), 6
+        ),
+        "precision": round(precision, 4),
+        "recall": round(recall, 4),
+    }
