@@ -29,7 +29,7 @@ help:
 	@echo 'make notebooks              run every chapter anew and store its outputs'
 	@echo 'make train PRESET=tiny      train the first system (PRESET=book wants a GPU)'
 	@echo 'make format                 what ruff can mend by itself'
-	@echo 'make bench                  measure the promised times and memory against their bars'
+	@echo 'make bench                  measure promised times and memory (TRAIN=1: training too)'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -96,7 +96,7 @@ train: $(VENV)/.has-core
 	$(BIN)/t2ilearn train prior --preset $(PRESET)
 
 bench: $(VENV)/.has-test
-	$(BIN)/python tools/bench.py
+	$(BIN)/python tests/benchmarks/bench.py $(if $(TRAIN),--train)
 
 clean:
 	rm -rf _build .mypy_cache .pytest_cache .ruff_cache

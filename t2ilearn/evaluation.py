@@ -96,16 +96,16 @@ def evaluate_vqvae(model: VQVAE, world: Shapes, n: int = 2000) -> dict[str, Any]
     real = world.test_set("test-full", n)
     back = _reconstructed(model, real.pictures)
     quality = bootstrap(lambda x: x.mean().item(), psnr(back, real.pictures), generator=generator)
-    features = [judge.features(p) for p in (real.pictures, back)]
+    other = render(scenes[:n], world.resolution, generator)
+    floor = _distances(judge, real.pictures, other, generator)
     return {
         "PSNR, dB": rounded(quality, 2),
         "codebook usage": round(codebook_usage(codes, model.config.codes), 4),
         "perplexity": round(perplexity(codes, model.config.codes), 1),
         "judge on reconstructions": share(aligned(judge, back, real.captions)),
         "judge on real pictures": share(aligned(judge, real.pictures, real.captions)),
-        "Fréchet distance in reader features": rounded(
-            bootstrap(frechet_distance, *features, generator=generator, rounds=50)
-        ),
+        **_distances(judge, real.pictures, back, generator),
+        **{f"{what}, floor (real)": v for what, v in floor.items()},
     }
 
 
@@ -116,7 +116,11 @@ def _reconstructed(model: VQVAE, pictures: Float[Tensor, "n 3 h w"]) -> Float[Te
 
 @torch.no_grad()
 def evaluate_prior(
-    vqvae: VQVAE, prior: Prior, world: Shapes, n: int = 2000, guidance: tuple[float, ...] = (1, 2)
+    vqvae: VQVAE,
+    prior: Prior,
+    world: Shapes,
+    n: int = 2000,
+    guidance: tuple[float, ...] = (1.0, 2.0),
 ) -> dict[str, Any]:
     """Caption alignment on the three test sets at each guidance scale, and how far the drawings
     are from real pictures, beside reconstructions (ceiling) and other real pictures (floor)."""

@@ -138,7 +138,9 @@ class Prior(nn.Module):
         if caption is not None and codes.ndim == 2 and len(caption) != len(codes):
             raise ValueError(f"{len(codes)} pictures but {len(caption)} captions.")
         if codes.ndim != 2 or codes.shape[1] > length:
-            raise ValueError(f"At most {length} codes: (B, N ≤ {length}), not {tuple(codes.shape)}.")
+            raise ValueError(
+                f"At most {length} codes: (B, N ≤ {length}), not {tuple(codes.shape)}."
+            )
         if codes.numel() and not 0 <= codes.min() <= codes.max() <= last:
             wrong = f"{codes.min().item()} … {codes.max().item()}"
             raise ValueError(f"Codes are numbers from 0 to {last}; these are {wrong}.")

@@ -51,9 +51,11 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         Shapes(), ReaderConfig(), TrainConfig(2000, 128, 2e-3, 0.02, ema_decay=0.998, seed=1)
     ),
     ("vqvae", "tiny"): Recipe(
-        TinyShapes(), _TINY_VQVAE, TrainConfig(800, 64, 2e-3, ema_decay=0.99)
+        TinyShapes(), _TINY_VQVAE, TrainConfig(6000, 16, 2e-3, gradient_clip=0.2, ema_decay=0.995)
     ),
-    ("vqvae", "book"): Recipe(Shapes(), _BOOK_VQVAE, TrainConfig(4500, 64, 1e-3, ema_decay=0.998)),
+    ("vqvae", "book"): Recipe(
+        Shapes(), _BOOK_VQVAE, TrainConfig(12_000, 16, 1e-3, gradient_clip=0.2, ema_decay=0.999)
+    ),
     ("prior", "tiny"): Recipe(
         TinyShapes(),
         PriorConfig(codes=256, width=96, depth=3, heads=3, vocabulary=WORDS),
@@ -71,13 +73,14 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ),
     ("pixelcnn", "book"): Recipe(
         Shapes(),
-        PriorConfig(codes=1024, width=96, depth=6, heads=3, vocabulary=WORDS),
+        PriorConfig(codes=1024, width=96, depth=5, heads=3, vocabulary=WORDS),
         TrainConfig(4000, 96, 1e-3, 0.02, ema_decay=0.998),
     ),
 }
 
 CODES_PER_WORLD = {"tiny-shapes": 8_000, "shapes": 60_000}  # pictures that a prior learns from
-REVIVE_EVERY = 25  # steps; late in training the codebook is left in peace
+WARM_UP = 300  # steps without a codebook, so that it can start at the centres of real encodings
+REVIVE_EVERY = 50  # steps; late in training the codebook is left in peace
 DROP_CAPTIONS = 0.1  # the share of a prior's captions that say nothing, so that guidance works
 
 
@@ -230,19 +233,27 @@ def _evaluate_reader(job: Job, reader: nn.Module) -> dict[str, Any]:
 
 def _train_vqvae(job: Job) -> TrainResult:
     world, recipe = job.recipe.world, job.recipe
+    steps, warm_up = recipe.train.steps, min(WARM_UP, recipe.train.steps // 4)
     torch.manual_seed(recipe.train.seed)
     model = VQVAE(recipe.model)
 
-    def make_batch(step: int, generator: torch.Generator) -> Tensor:
-        scenes = world.scenes(recipe.train.batch_size, recipe.split, generator=generator)
+    def pictures(n: int, generator: torch.Generator) -> Tensor:
+        scenes = world.scenes(n, recipe.split, generator=generator)
         return render(scenes, world.resolution, generator)
 
-    def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
-        return vqvae_loss(batch, model(batch), beta=recipe.model.beta)
+    def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, bool]:
+        return pictures(recipe.train.batch_size, generator), step >= warm_up
 
-    def revive(_: nn.Module, batch: Any, step: int, generator: torch.Generator) -> None:
-        if step % REVIVE_EVERY == 0 and step < 0.7 * recipe.train.steps:
-            model.revive(batch, generator)
+    def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
+        x, quantize = batch
+        return vqvae_loss(x, model(x, quantize), beta=recipe.model.beta)
+
+    def tend_codes(_: nn.Module, batch: Any, step: int, generator: torch.Generator) -> None:
+        x, quantize = batch
+        if step == warm_up - 1:
+            model.kmeans_start(pictures(256, generator).to(x.device), generator)
+        elif quantize and step % REVIVE_EVERY == 0 and step < 0.7 * steps:
+            model.revive(x, generator)
 
     examples = world.test_set("test-full", 8).pictures
 
@@ -250,9 +261,9 @@ def _train_vqvae(job: Job) -> TrainResult:
         x = examples.to(next(model.parameters()).device)
         return torch.cat([x, model.decode_tokens(model.tokens(x))])
 
-    generator = torch.Generator().manual_seed(recipe.train.seed)
-    model.kmeans_start(make_batch(0, generator), generator)
-    return job.train(model, make_batch, compute_loss, after_step=revive, draw_samples=draw_samples)
+    return job.train(
+        model, make_batch, compute_loss, after_step=tend_codes, draw_samples=draw_samples
+    )
 
 
 def _evaluate_vqvae(job: Job, model: nn.Module) -> dict[str, Any]:

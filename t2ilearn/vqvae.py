@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from t2ilearn.layers import GROUPS, ResidualBlock
+from t2ilearn.layers import GROUPS
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,23 @@ def _blocks_per_level(config: VQVAEConfig) -> list[int]:
     return [1] * (len(config.channels) - 1) + [config.blocks]
 
 
+class PlainBlock(nn.Module):
+    """x + f(x), where f is two 3×3 convolutions without any normalisation, and starts at 0.
+
+    The paper's blocks have none either. Pictures of few flat colours are learned faster so: a group
+    norm takes away just what matters, how bright and how strong.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b _ h w"]:
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
 class Encoder(nn.Sequential):
     """(B, 3, H, W) → (B, outputs, h, w); by default D outputs."""
 
@@ -106,7 +123,7 @@ class Encoder(nn.Sequential):
         before = 3
         for width, count in zip(config.channels, _blocks_per_level(config), strict=True):
             layers.append(nn.Conv2d(before, width, 4, stride=2, padding=1))
-            layers += [ResidualBlock(width, width) for _ in range(count)]
+            layers += [PlainBlock(width) for _ in range(count)]
             before = width
         layers += [nn.GroupNorm(GROUPS, before), nn.SiLU()]
         layers.append(nn.Conv2d(before, outputs or config.code_dim, 1))
@@ -120,7 +137,7 @@ class Decoder(nn.Sequential):
         channels, counts = config.channels[::-1], _blocks_per_level(config)[::-1]
         layers: list[nn.Module] = [nn.Conv2d(config.code_dim, channels[0], 3, padding=1)]
         for width, after, count in zip(channels, (*channels[1:], 0), counts, strict=True):
-            layers += [ResidualBlock(width, width) for _ in range(count)]
+            layers += [PlainBlock(width) for _ in range(count)]
             if after:
                 layers.append(nn.ConvTranspose2d(width, after, 4, stride=2, padding=1))
         layers += [nn.GroupNorm(GROUPS, channels[-1]), nn.SiLU()]
@@ -533,13 +550,22 @@ class VQVAE(nn.Module):
             kind = EMAQuantizer if config.quantizer == "ema" else VectorQuantizer
             self.quantizer = kind(*size, cosine=config.cosine)
 
-    def forward(self, x: Float[Tensor, "b 3 h w"]) -> VQVAEOutput:
+    def forward(self, x: Float[Tensor, "b 3 h w"], quantize: bool = True) -> VQVAEOutput:
         """Reconstruct pictures; in training mode an EMA codebook moves.
+
+        Args:
+            quantize: False lets the decoder hear z itself: for the first steps of a training, so
+                that the codebook can start from encodings that already mean something.
 
         Raises:
             ValueError: for pictures of another resolution.
         """
-        quantized = self.quantizer(self.encode(x))
+        if quantize:
+            quantized = self.quantizer(self.encode(x))
+        else:
+            z = self.quantizer.project(self.encode(x))
+            zero = z.new_zeros(())
+            quantized = Quantized(z, self.quantizer.nearest(z), zero, zero)
         return VQVAEOutput(self.decoder(quantized.z_q), quantized)
 
     def encode(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
@@ -563,7 +589,9 @@ class VQVAE(nn.Module):
         """
         side, last = self.config.side, self.config.codes - 1
         if codes.ndim != 2 or codes.shape[1] != side**2:
-            raise ValueError(f"A picture has {side}² codes: (B, {side**2}), not {tuple(codes.shape)}.")
+            raise ValueError(
+                f"A picture has {side}² codes: (B, {side**2}), not {tuple(codes.shape)}."
+            )
         if codes.numel() and not 0 <= codes.min() <= codes.max() <= last:
             wrong = f"{codes.min().item()} … {codes.max().item()}"
             raise ValueError(f"Codes are numbers from 0 to {last}; these are {wrong}.")

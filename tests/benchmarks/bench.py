@@ -1,13 +1,17 @@
-"""Measure the times and the memory that this project promises, and print them beside the bars.
+"""Measure the times and the memory that this project promises, beside their bars.
 
-    python tools/bench.py            # a minute or two; exit 1 if a bar does not hold
-    python tools/bench.py --train    # also trains `tiny` from nothing (up to fifteen minutes)
+    python tests/benchmarks/bench.py            # a minute or two; exit 1 if a bar does not hold
+    python tests/benchmarks/bench.py --train    # also trains `tiny` from nothing (some ten minutes)
 
 Every figure is the median of several runs, or a fresh process where an import or peak memory is
-measured, on as many threads as there are cores. A machine busy with something else is slower.
+measured, on as many threads as there are cores; peers are measured in the same run. The figures
+go to results.json beside this file, with the machine that they were measured on. A machine busy
+with something else is slower.
 """
 
+import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +23,7 @@ from typing import NamedTuple
 
 CAPTION = "a small red star above a large striped blue ring"
 COMMAND = (sys.executable, "-m", "t2ilearn")
+RESULTS = Path(__file__).with_name("results.json")
 
 
 class Row(NamedTuple):
@@ -100,7 +105,7 @@ def cache() -> Iterator[Row]:
 
     torch.manual_seed(0)
     words = len(VOCABULARY)
-    config = PriorConfig(codes=1024, length=64, width=256, depth=8, heads=8, vocabulary=words)
+    config = PriorConfig(codes=1024, width=256, depth=8, heads=8, vocabulary=words)
     model = TransformerPrior(config).eval()
     caption = torch.randint(3, words, (4, config.text_length))
 
@@ -160,19 +165,38 @@ def training() -> Iterator[Row]:
     yield Row("tiny training, peak memory", max(memory for _, memory in runs), 3, "GB")
 
 
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    import torch
+
+    return {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
 def main() -> int:
-    """Print each row as it is measured."""
+    """Print each row as it is measured, and write them all."""
     parts = [imports, renderer, cache, draw]
     parts += [training] if "--train" in sys.argv[1:] else []
+    # Rows of parts that are not measured now stay as they were.
+    old = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+    rows: dict[str, dict] = {row["what"]: row for row in old}
     fails = 0
     print(f"{'':44}{'measured':>10}{'bar':>9}")
     for part in parts:
         for row in part():
             sign, word = ("≥" if row.more else "≤"), ("" if row.holds else "  MISSED")
             fails += not row.holds
+            rows[row.what] = {**row._asdict(), "holds": row.holds}
             print(
                 f"{row.what:44}{row.value:10.2f}  {sign}{row.bar:6.4g} {row.unit}{word}", flush=True
             )
+    text = json.dumps({"machine": machine(), "rows": list(rows.values())}, indent=2)
+    RESULTS.write_text(text + "\n", encoding="utf-8")
     return int(fails > 0)
 
 

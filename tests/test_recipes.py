@@ -1,0 +1,187 @@
+"""From a recipe to weights and a card: written is what was trained, and what was measured."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from t2ilearn import evaluation, recipes, weights
+from t2ilearn.data import Shapes, TinyShapes
+from t2ilearn.data.captions import VOCABULARY
+from t2ilearn.drawing import load_prior, load_vqvae
+from t2ilearn.prior import PixelCNN, TransformerPrior
+from t2ilearn.reader import Reader, ReaderConfig
+from t2ilearn.recipes import RECIPES, WORDS, degrade, encode_world, train_system
+from t2ilearn.vqvae import VQVAE
+
+QUIET = {"progress": False}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Recipes with a little less to render and to measure; returns what evaluation was asked."""
+    asked = []
+
+    def small(name):
+        real = getattr(evaluation, name)
+
+        def measured(*args, **options):
+            asked.append(args)
+            return real(*args, **options, n=24)
+
+        return measured
+
+    for name in ("evaluate_reader", "evaluate_vqvae", "evaluate_prior"):
+        monkeypatch.setattr(recipes, name, small(name))
+    monkeypatch.setattr(evaluation, "TEST_PICTURES", 60)
+    monkeypatch.setitem(recipes.CODES_PER_WORLD, "tiny-shapes", 200)
+    return asked
+
+
+def test_words_are_as_many_as_the_vocabulary():
+    assert WORDS == len(VOCABULARY)
+
+
+@pytest.mark.parametrize("system", ["vqvae", "prior", "pixelcnn"])
+def test_each_system_has_both_presets_within_their_budgets(system):
+    builders = {"vqvae": VQVAE, "prior": TransformerPrior, "pixelcnn": PixelCNN}
+    most = {"vqvae": 1.6e6, "prior": 2.5e6, "pixelcnn": 2.5e6}
+    sizes = {
+        preset: sum(p.numel() for p in builders[system](RECIPES[system, preset].model).parameters())
+        for preset in ("tiny", "book")
+    }
+    assert sizes["tiny"] < 0.5e6 and sizes["tiny"] < sizes["book"] <= most[system]
+
+
+def test_nothing_but_the_judge_trains_on_held_out_pairs():
+    assert {key for key, recipe in RECIPES.items() if recipe.split != "train"} == {
+        ("judge", "book")
+    }
+
+
+def test_a_run_writes_weights_that_load_and_a_card_measured_on_them(tmp_path, quick):
+    path = train_system("vqvae", "tiny", tmp_path, steps=12, **QUIET)
+    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert path == tmp_path / "vqvae-tiny" / "vqvae-tiny.safetensors"
+    assert card["steps"] == 12 and card["precision"] == "no" and card["version"]
+    assert card["command"] == "t2ilearn train vqvae --preset tiny --steps 12"
+    assert card["metrics"]["judge on real pictures"]["value"] > 0.9
+    # float16 on disk: what was measured is what comes back, not what was trained.
+    (measured, _), loaded = quick[0], load_vqvae(path)
+    for mine, theirs in zip(measured.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert sum(p.numel() for p in loaded.parameters()) == card["parameters"]
+
+
+@pytest.mark.parametrize("system", ["prior", "pixelcnn"])
+def test_a_prior_learns_the_codes_of_this_folders_vqvae(tmp_path, quick, system):
+    first = train_system("vqvae", "tiny", tmp_path, steps=4, **QUIET)
+    path = train_system(system, "tiny", tmp_path, steps=2, **QUIET)
+    card = weights.load(path).card
+    assert card["metrics"]["vqvae"] == weights.load(first).card["sha256"]
+    kind = {"prior": TransformerPrior, "pixelcnn": PixelCNN}[system]
+    assert isinstance(load_prior(path), kind)
+    shares = [v for k, v in card["metrics"].items() if k.startswith("test-full")]
+    assert len(shares) == 2 and all(0 <= s["value"] <= 1 for s in shares)
+
+
+def test_a_finished_run_is_only_measured_anew(tmp_path, quick):
+    first = weights.load(train_system("vqvae", "tiny", tmp_path, steps=4, **QUIET))
+    again = weights.load(train_system("vqvae", "tiny", tmp_path, steps=4, **QUIET))
+    assert first.card["sha256"] == again.card["sha256"] and len(quick) == 2
+
+
+def test_a_stopped_run_keeps_the_partial_model_without_figures(tmp_path, quick, monkeypatch):
+    real = recipes.train
+
+    def interrupted(model, make_batch, *args, **options):
+        def make(step, generator):
+            if step == 3:
+                raise KeyboardInterrupt
+            return make_batch(step, generator)
+
+        return real(model, make, *args, **options)
+
+    monkeypatch.setattr(recipes, "train", interrupted)
+    card = weights.load(train_system("vqvae", "tiny", tmp_path, steps=6, **QUIET)).card
+    assert card["steps"] == 3 and "metrics" not in card and not quick
+    monkeypatch.setattr(recipes, "train", real)
+    card = weights.load(train_system("vqvae", "tiny", tmp_path, steps=6, **QUIET)).card
+    assert card["steps"] == 6 and card["metrics"]
+
+
+def test_the_codebook_starts_after_the_warm_up_and_not_before(tmp_path, quick, monkeypatch):
+    """Of 40 steps ten are without codes; k-means is called once, just before they start."""
+    calls, quantized = [], []
+    forward = VQVAE.forward
+    monkeypatch.setattr(
+        VQVAE, "kmeans_start", lambda self, x, generator: calls.append((len(quantized), len(x)))
+    )
+    monkeypatch.setattr(
+        VQVAE, "forward", lambda self, x, q=True: quantized.append(q) or forward(self, x, q)
+    )
+    train_system("vqvae", "tiny", tmp_path, steps=40, **QUIET)
+    assert quantized[:40] == [False] * 10 + [True] * 30 and calls == [(10, 256)]
+
+
+def test_readers_train_on_spoiled_pictures_and_junk(tmp_path, quick, monkeypatch):
+    small = recipes.replace(RECIPES["reader", "book"], model=ReaderConfig(64, (16, 16), 32))
+    small = recipes.replace(small, train=recipes.replace(small.train, steps=2, batch_size=24))
+    monkeypatch.setitem(RECIPES, ("reader", "book"), small)
+    card = weights.load(train_system("reader", "book", tmp_path, **QUIET)).card
+    assert card["data"]["split"] == "train"
+    assert {"real", "jpeg 50", "floor (captions shuffled)"} <= set(card["metrics"])
+
+
+def test_unknown_systems_and_presets_list_what_there_is(tmp_path):
+    for system, preset in (("vqave", "tiny"), ("vqvae", "huge"), ("judge", "tiny")):
+        with pytest.raises(ValueError, match="There are: .*vqvae tiny"):
+            train_system(system, preset, tmp_path)
+
+
+def test_degrade_keeps_range_and_some_pictures_untouched(generator):
+    pictures = Shapes().sample(60, generator=generator).pictures
+    before = pictures.clone()
+    spoiled = degrade(pictures, generator)
+    same = (spoiled == pictures).flatten(1).all(1).float().mean()
+    assert torch.equal(pictures, before) and spoiled.abs().max() <= 1
+    assert 0.05 < same < 0.35
+
+
+def test_a_world_is_encoded_once_and_in_order(generator):
+    vqvae, world = VQVAE(RECIPES["vqvae", "tiny"].model).eval(), TinyShapes()
+    scenes, codes = encode_world(vqvae, world, 30, seed=5)
+    again, same = encode_world(vqvae, world, 30, seed=5)
+    assert codes.shape == (30, 64) and torch.equal(scenes, again) and torch.equal(codes, same)
+
+
+# --- evaluation ---
+
+
+@pytest.mark.parametrize("right, n", [(0, 50), (50, 50), (25, 50), (1990, 2000)])
+def test_shares_have_wilsons_interval(right, n):
+    value = evaluation.share(torch.arange(n) < right)
+    p, z = right / n, 1.96
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    high = centre + value["half_width"]
+    # Wilson's bounds are where the null hypothesis is just rejected.
+    assert abs(p - high) == pytest.approx(z * math.sqrt(max(0.0, high * (1 - high)) / n), abs=2e-3)
+    assert value["value"] == pytest.approx(p, abs=1e-4) and value["half_width"] > 0
+
+
+def test_damage_is_ordered_and_the_floor_is_low():
+    reader = Reader(ReaderConfig(64, (16, 16), 32))
+    metrics = evaluation.evaluate_reader(reader, Shapes(), n=20)
+    assert metrics["floor (captions shuffled)"]["value"] < 0.3
+
+
+def test_blur_and_jpeg_change_little_and_nothing_in_place(generator):
+    pictures = Shapes().sample(4, generator=generator).pictures
+    before = pictures.clone()
+    for damaged in (evaluation.blur(pictures), evaluation.jpeg(pictures, 90)):
+        assert damaged.shape == pictures.shape
+        assert 0 < (damaged - pictures).abs().mean() < 0.1
+    assert torch.equal(pictures, before)
+    flat = torch.full((1, 3, 16, 16), 0.25)
+    assert torch.allclose(evaluation.blur(flat), flat)
