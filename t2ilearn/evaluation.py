@@ -163,15 +163,20 @@ def _drawn(
 def _distances(
     judge: Reader, real: Tensor, fake: Tensor, generator: torch.Generator
 ) -> dict[str, Any]:
-    """How far two sets of pictures are apart, in the judge's features."""
+    """How far two sets of pictures are apart, in the judge's features.
+
+    Their unit is the features' own spread: mean variance 1 over the real pictures.
+    """
     a, b = judge.features(real), judge.features(fake)
+    spread = a.var(0).mean().sqrt()
+    a, b = a / spread, b / spread
     precision, recall = precision_recall(a, b)
     return {
         "Fréchet distance in reader features": rounded(
             bootstrap(frechet_distance, a, b, generator=generator, rounds=50)
         ),
         "kernel distance": rounded(
-            bootstrap(kernel_distance, a, b, generator=generator, rounds=20), 6
+            bootstrap(kernel_distance, a, b, generator=generator, rounds=20)
         ),
         "precision": round(precision, 4),
         "recall": round(recall, 4),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -88,6 +88,28 @@ def load_checkpoint(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]] |
             f"The checkpoint {listing} is damaged: {reason}. Remove {listing.name}, or pass "
             "resume=False, to start this run over."
         ) from None
+
+
+class Record(NamedTuple):
+    """A run as its flight recorder saw it: the facts of `flight.json`, and (step, picture)s."""
+
+    facts: dict[str, Any]
+    frames: list[tuple[int, Image.Image]]
+
+
+def read_record(run_dir: str | Path) -> Record:
+    """The flight record in a run's folder, or one that ships (`weights.ASSETS / "flights" / NAME`).
+
+    Raises:
+        FileNotFoundError: if there is none, or a frame is missing.
+    """
+    run_dir = Path(run_dir)
+    facts = json.loads((run_dir / "flight.json").read_text(encoding="utf-8"))
+    frames = []
+    for frame in facts["frames"]:
+        with Image.open(run_dir / frame["file"]) as picture:
+            frames.append((frame["step"], picture.convert("RGB")))
+    return Record(facts, frames)
 
 
 class Curves:

@@ -64,7 +64,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("prior", "book"): Recipe(
         Shapes(),
         PriorConfig(codes=1024, width=192, depth=5, heads=6, vocabulary=WORDS),
-        TrainConfig(4000, 96, 2e-3, 0.02, ema_decay=0.998),
+        TrainConfig(5500, 32, 1.5e-3, 0.03, ema_decay=0.999),
     ),
     ("pixelcnn", "tiny"): Recipe(
         TinyShapes(),
@@ -82,6 +82,29 @@ CODES_PER_WORLD = {"tiny-shapes": 8_000, "shapes": 60_000}  # pictures that a pr
 WARM_UP = 300  # steps without a codebook, so that it can start at the centres of real encodings
 REVIVE_EVERY = 50  # steps; late in training the codebook is left in peace
 DROP_CAPTIONS = 0.1  # the share of a prior's captions that say nothing, so that guidance works
+
+
+# What weights must reach to be called good; a card says where they do not.
+BARS: dict[tuple[str, str], dict[str, float]] = {
+    ("judge", "book"): {"real": 0.995},
+    ("vqvae", "book"): {
+        "PSNR, dB": 32.0,
+        "codebook usage": 0.9,
+        "judge on reconstructions": 0.92,
+    },
+    ("prior", "tiny"): {"test-full, guidance 2": 0.8},
+    ("prior", "book"): {"test-full, guidance 2": 0.86},
+}
+
+
+def against_bars(metrics: dict[str, Any], bars: dict[str, float]) -> dict[str, Any]:
+    """Each bar with what was measured and whether that is enough."""
+    found = {name: metrics[name] for name in bars}
+    values = {n: float(m["value"] if isinstance(m, dict) else m) for n, m in found.items()}
+    return {
+        name: {"bar": bar, "measured": values[name], "met": values[name] >= bar}
+        for name, bar in bars.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -150,7 +173,7 @@ def train_system(
     job = Job(recipe, system, preset, Path(runs), how)
     run, evaluate = _SYSTEMS[system]
     result = run(job)
-    card = {
+    card: dict[str, Any] = {
         "system": system,
         "preset": preset,
         "config": asdict(recipe.model),
@@ -170,6 +193,7 @@ def train_system(
     stored = weights.load(path)
     weights.load_into(result.model, stored)
     card["metrics"] = evaluate(job, result.model)
+    card["bars"] = against_bars(card["metrics"], BARS.get((system, preset), {}))
     return weights.save(path.parent, job.name, stored.state, card)
 
 

@@ -134,6 +134,15 @@ def test_readers_train_on_spoiled_pictures_and_junk(tmp_path, quick, monkeypatch
     assert {"real", "jpeg 50", "floor (captions shuffled)"} <= set(card["metrics"])
 
 
+def test_cards_say_which_bars_are_missed():
+    metrics = {"a": 0.5, "b": {"value": 0.9, "half_width": 0.1}, "c": 3.0}
+    bars = recipes.against_bars(metrics, {"a": 0.6, "b": 0.9})
+    assert bars == {
+        "a": {"bar": 0.6, "measured": 0.5, "met": False},
+        "b": {"bar": 0.9, "measured": 0.9, "met": True},
+    }
+
+
 def test_unknown_systems_and_presets_list_what_there_is(tmp_path):
     for system, preset in (("vqave", "tiny"), ("vqvae", "huge"), ("judge", "tiny")):
         with pytest.raises(ValueError, match="There are: .*vqvae tiny"):

@@ -21,7 +21,13 @@ from torch import nn
 
 import t2ilearn.weights
 from t2ilearn import training
-from t2ilearn.flight import Curves, TrainingError, contact_sheet, load_checkpoint
+from t2ilearn.flight import (
+    Curves,
+    TrainingError,
+    contact_sheet,
+    load_checkpoint,
+    read_record,
+)
 from t2ilearn.training import (
     AveragedWeights,
     TrainConfig,
@@ -628,6 +634,9 @@ def test_the_flight_record_tells_a_figure_all_it_needs(tmp_path):
     assert flight["steps_done"] == 60 and not flight["stopped"] and flight["seconds_left"] == 0
     assert [mode[:2] for mode in modes] == [(False, False)] * 3
     assert torch.equal(modes[-1][2], result.model[0].weight)  # drawn by the averaged model
+    record = read_record(tmp_path)
+    assert record.facts == flight and [step for step, _ in record.frames] == [20, 40, 60]
+    assert all(frame.size == (256, 128) for _, frame in record.frames)
 
 
 def test_drawing_changes_nothing_in_the_run(tmp_path, reference):

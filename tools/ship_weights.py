@@ -1,0 +1,40 @@
+"""Copy finished runs into the package: weights, card and flight record.
+
+    python tools/ship_weights.py runs judge vqvae-book prior-book
+
+Weights are read back strictly first, and a card without metrics (a stopped run) is refused.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from t2ilearn import weights
+from t2ilearn.flight import read_record
+
+
+def ship(runs: Path, name: str) -> None:
+    """One run's files, from RUNS/NAME to the assets.
+
+    Raises:
+        WeightsError: if the weights do not match their card.
+        ValueError: if the card has no metrics.
+    """
+    source = runs / name / f"{name}.safetensors"
+    if "metrics" not in weights.load(source).card:
+        raise ValueError(f"{source} was not measured: let its training end.")
+    weights.ASSETS.mkdir(exist_ok=True)
+    for path in (source, source.with_suffix(".json")):
+        shutil.copyfile(path, weights.ASSETS / path.name)
+    record = weights.ASSETS / "flights" / name
+    shutil.rmtree(record, ignore_errors=True)
+    record.mkdir(parents=True)
+    shutil.copyfile(runs / name / "flight.json", record / "flight.json")
+    if read_record(runs / name).frames:
+        shutil.copytree(runs / name / "frames", record / "frames")
+    print(f"{name}: {source.stat().st_size / 2**20:.2f} MiB")
+
+
+if __name__ == "__main__":
+    for each in sys.argv[2:]:
+        ship(Path(sys.argv[1]), each)
