@@ -23,15 +23,17 @@ app = typer.Typer(
 @app.command()
 def draw(
     caption: Annotated[str, typer.Argument(help="What to draw, as an English sentence.")],
-    system: Annotated[str, typer.Option("--with", help="vqvae or vqvae-tiny.")] = "vqvae",
+    system: Annotated[
+        str, typer.Option("--with", help="vqvae, vqvae-tiny or pixelcnn-tiny.")
+    ] = "vqvae",
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 4,
     guidance_scale: Annotated[
         float, typer.Option(help="1: as learned; more: insist on the caption.")
-    ] = 1.0,
+    ] = 2.0,
     best_of: Annotated[int, typer.Option(help="Draw so many for each one kept.")] = 1,
     temperature: Annotated[float, typer.Option(help="Below 1: safer; 0: greedy.")] = 1.0,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest share of codes.")] = None,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest share of codes; 1: all.")] = 0.9,
     out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("drawing.png"),
 ) -> None:
     """Draw pictures for a caption and say how many show what it states."""
@@ -91,7 +93,7 @@ def terminal_picture(drawing: "Drawing", width: int = 100) -> str:
 
 @app.command()
 def train(
-    system: Annotated[str, typer.Argument(help="reader, judge, vqvae or prior.")],
+    system: Annotated[str, typer.Argument(help="reader, judge, vqvae, prior or pixelcnn.")],
     preset: Annotated[str, typer.Option(help="tiny (a laptop) or book (a GPU).")] = "tiny",
     runs: Annotated[Path, typer.Option(help="Folder for checkpoints and results.")] = Path("runs"),
     steps: Annotated[int | None, typer.Option(help="Instead of the preset's number.")] = None,

@@ -31,6 +31,8 @@ SYSTEMS = {
     "pixelcnn-tiny": ("vqvae-tiny", "pixelcnn-tiny"),
 }
 PRIORS: dict[str, type[Prior]] = {"prior": TransformerPrior, "pixelcnn": PixelCNN}
+# How `draw` samples unless told otherwise: the caption insisted on, the unlikeliest codes left out.
+GUIDANCE_SCALE, TOP_P = 2.0, 0.9
 METADATA_KEY = "t2ilearn"
 MAX_COUNT = 64
 
@@ -96,10 +98,10 @@ class Request:
     system: str = "vqvae"
     seed: int = 0
     count: int = 4
-    guidance_scale: float = 1.0
+    guidance_scale: float = GUIDANCE_SCALE
     best_of: int = 1
     temperature: float = 1.0
-    top_p: float | None = None
+    top_p: float | None = TOP_P
 
     def check(self) -> None:
         """Raise `CaptionError` or `ValueError` if this cannot be drawn."""
@@ -192,10 +194,10 @@ def draw(
     system: str = "vqvae",
     seed: int = 0,
     count: int = 4,
-    guidance_scale: float = 1.0,
+    guidance_scale: float = GUIDANCE_SCALE,
     best_of: int = 1,
     temperature: float = 1.0,
-    top_p: float | None = None,
+    top_p: float | None = TOP_P,
 ) -> Drawing:
     """Draw pictures for a caption.
 

@@ -1,6 +1,7 @@
 """From a caption to a file and back, through Python and the command line."""
 
 import errno
+import inspect
 import json
 import re
 
@@ -170,3 +171,21 @@ def test_terminal_picture(drawn):
 def test_weights_are_listed():
     result = run("weights")
     assert result.exit_code == 0 and "judge" in result.output
+
+
+def test_the_command_line_has_the_defaults_of_python():
+    """Typed twice, so that `--help` need not import torch."""
+    command, python = inspect.signature(cli.draw), inspect.signature(t2ilearn.draw)
+    assert command.parameters.keys() - python.parameters.keys() == {"out"}
+    for name in command.parameters.keys() - {"out", "caption"}:
+        assert command.parameters[name].default == python.parameters[name].default, name
+    request = drawing.Request("a star")
+    for name, parameter in python.parameters.items():
+        if name != "caption":
+            assert getattr(request, name) == parameter.default, name
+
+
+@pytest.mark.parametrize("system", [name for name in drawing.SYSTEMS if name != "vqvae-tiny"])
+def test_every_system_draws(system):
+    drawn = t2ilearn.draw("a large blue star", system=system, count=2)
+    assert len(drawn.pictures) == 2 and drawn.pictures.std() > 0.05

@@ -51,11 +51,11 @@ SHOWN = {
     "reader": ("real", "jpeg 50", "floor (captions shuffled)"),
     "vqvae": ("PSNR, dB", "codebook usage", "judge on reconstructions", "judge on real pictures"),
     "prior": tuple(
-        f"{name}, guidance {scale}"
-        for scale in (1, 2)
+        f"{name}, {manner}"
+        for manner in ("as learned", "as drawn")
         for name in ("test-full", "test-partial", "composition")
     )
-    + ("ceiling: reconstructions", "floor: captions shuffled"),
+    + ("ceiling: reconstructions", "floor: captions shuffled, as drawn"),
 }
 SHOWN["pixelcnn"] = SHOWN["prior"]
 
