@@ -109,12 +109,14 @@ def train(
 @app.command()
 def weights() -> None:
     """List the weights that ship, with their measured figures."""
-    from t2ilearn.weights import available, load
+    from t2ilearn.weights import available, figure, load
 
     for name in available():
         card = load(name).card
-        figures = ", ".join(f"{k} {v}" for k, v in card.get("metrics", {}).items())
-        typer.echo(f"{name:14s} {card['sha256'][:8]}  {figures}")
+        made = f"{card['parameters'] / 1e6:.2f} M parameters, {card['minutes']:g} min"
+        typer.echo(f"{name}  {card['sha256'][:8]}  {made} on {card['device']}")
+        for what, value in card["metrics"].items():
+            typer.echo(f"    {what}: {figure(value)}")
 
 
 def main() -> None:

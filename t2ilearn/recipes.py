@@ -208,7 +208,8 @@ def _device_name() -> str:
     """The accelerator's name, or what kind of CPU this is and how many threads are used."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 # --- readers -----------------------------------------------------------------------------------

@@ -40,6 +40,17 @@ def available(directory: Path | None = None) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (directory or ASSETS).glob("*.safetensors")))
 
 
+def figure(value: object) -> str:
+    """A metric as a person reads it: a share with its interval, or a number of few digits."""
+    if isinstance(value, dict) and {"value", "half_width"} <= set(value):
+        return f"{100 * value['value']:.1f} ± {100 * value['half_width']:.1f} %"
+    if isinstance(value, dict) and {"value", "low", "high"} <= set(value):
+        return f"{value['value']:.4g} ({value['low']:.4g} … {value['high']:.4g})"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {figure(part)}" for name, part in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def save(
     directory: str | Path,
     name: str,

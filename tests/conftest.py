@@ -82,6 +82,12 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture
+def unchecked(monkeypatch) -> None:
+    """No shape checks at run time: what a reader meets is the package's own message."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root."""

@@ -2,7 +2,6 @@
 
 import math
 
-import jaxtyping
 import pytest
 import torch
 
@@ -16,12 +15,6 @@ from t2ilearn.metrics import (
     precision_recall,
     psnr,
 )
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """No shape checks at run time: what a reader meets is the package's own message."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def normal(n, d, seed=0):

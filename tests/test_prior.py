@@ -4,7 +4,6 @@ import itertools
 import math
 from dataclasses import FrozenInstanceError
 
-import jaxtyping
 import pytest
 import torch
 
@@ -25,12 +24,6 @@ from t2ilearn.tokens import END, NULL, PAD, null_caption
 K, SIDE, WORDS, VOCABULARY = 7, 4, 5, 11
 N = SIDE**2
 BOTH = pytest.mark.parametrize("kind", [TransformerPrior, PixelCNN])
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """No shape checks at run time: what a reader meets is the package's own message."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def small(kind, captions=True, **sizes):

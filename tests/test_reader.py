@@ -94,7 +94,7 @@ def test_matches_only_what_is_said():
         assert matches(scene, parse(caption)) is right, caption
 
 
-def test_bad_input(generator):
+def test_bad_input(unchecked):
     reader = Reader(SMALL)
     with pytest.raises(ValueError, match="shape"):
         reader(torch.zeros(2, 1, 32, 32))

@@ -2,7 +2,6 @@
 
 from dataclasses import FrozenInstanceError
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,12 +31,6 @@ KINDS = [
 ]
 kinds = pytest.mark.parametrize("quantizer, cosine", KINDS)
 learned = pytest.mark.parametrize("quantizer, cosine", KINDS[:-1])
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """No shape checks at run time: what a reader meets is the package's own message."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -291,3 +291,17 @@ def test_a_full_disk_leaves_the_old_weights(saved, monkeypatch):
     after = load(saved)
     assert after.card == before.card and after.state.keys() == before.state.keys()
     assert {path.name for path in saved.parent.iterdir()} == {"tiny.safetensors", "tiny.json"}
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ({"value": 0.9513, "half_width": 0.012}, "95.1 ± 1.2 %"),
+        ({"value": 2.5, "low": 2.25, "high": 2.75}, "2.5 (2.25 … 2.75)"),
+        ({"a": 1, "b": 0.5}, "a 1, b 0.5"),
+        (0.123456, "0.1235"),
+        ("a sha256", "a sha256"),
+    ],
+)
+def test_figures_are_said_as_a_person_reads_them(value, text):
+    assert weights.figure(value) == text

@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+from t2ilearn.weights import figure
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 ASSETS = ROOT / "t2ilearn" / "assets"
@@ -32,17 +34,6 @@ def rewrite(readme: str) -> str:
     body = "\n".join(table(cards()))
     pattern = re.escape(START) + ".*?" + re.escape(STOP)
     return re.sub(pattern, lambda _: f"{START}\n\n{body}\n\n{STOP}", readme, flags=re.DOTALL)
-
-
-def figure(value: object) -> str:
-    """A metric as a person reads it: a share with its interval, or a number of few digits."""
-    if isinstance(value, dict) and {"value", "half_width"} <= set(value):
-        return f"{100 * value['value']:.1f} ± {100 * value['half_width']:.1f} %"
-    if isinstance(value, dict) and {"value", "low", "high"} <= set(value):
-        return f"{value['value']:.4g} ({value['low']:.4g} … {value['high']:.4g})"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {figure(part)}" for name, part in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # What the README shows of each kind of card; the cards have more.
