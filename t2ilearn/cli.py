@@ -23,9 +23,7 @@ app = typer.Typer(
 @app.command()
 def draw(
     caption: Annotated[str, typer.Argument(help="What to draw, as an English sentence.")],
-    system: Annotated[
-        str, typer.Option("--with", help="vqvae, vqvae-tiny or pixelcnn-tiny.")
-    ] = "vqvae",
+    system: Annotated[str, typer.Option("--with", help="vqvae or vqvae-tiny.")] = "vqvae",
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 4,
     guidance_scale: Annotated[

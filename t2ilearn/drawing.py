@@ -28,7 +28,6 @@ from t2ilearn.vqvae import VQVAE, VQVAEConfig
 SYSTEMS = {
     "vqvae": ("vqvae-book", "prior-book"),
     "vqvae-tiny": ("vqvae-tiny", "prior-tiny"),
-    "pixelcnn-tiny": ("vqvae-tiny", "pixelcnn-tiny"),
 }
 PRIORS: dict[str, type[Prior]] = {"prior": TransformerPrior, "pixelcnn": PixelCNN}
 # How `draw` samples unless told otherwise: the caption insisted on, the unlikeliest codes left out.

@@ -48,7 +48,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         Shapes(), ReaderConfig(), TrainConfig(4000, 128, 2e-3, 0.02, ema_decay=0.998), "all"
     ),
     ("reader", "book"): Recipe(
-        Shapes(), ReaderConfig(), TrainConfig(2000, 128, 2e-3, 0.02, ema_decay=0.998, seed=1)
+        Shapes(), ReaderConfig(), TrainConfig(1200, 128, 2e-3, 0.02, ema_decay=0.995, seed=1)
     ),
     ("vqvae", "tiny"): Recipe(
         TinyShapes(), _TINY_VQVAE, TrainConfig(6000, 16, 2e-3, gradient_clip=0.2, ema_decay=0.995)
@@ -59,7 +59,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("prior", "tiny"): Recipe(
         TinyShapes(),
         PriorConfig(codes=256, width=96, depth=3, heads=3, vocabulary=WORDS),
-        TrainConfig(6000, 32, 2e-3, ema_decay=0.998),
+        TrainConfig(5000, 32, 2e-3, ema_decay=0.998),
     ),
     ("prior", "book"): Recipe(
         Shapes(),

@@ -234,17 +234,20 @@ def holds_held_out_pair(scenes: Int[Tensor, "n 11"]) -> Bool[Tensor, " n"]:
     return found
 
 
-def in_split(scenes: Int[Tensor, "n 11"], split: str, share: int = 32) -> Bool[Tensor, " n"]:
+def in_split(scenes: Int[Tensor, "n 11"], split: str, share: int | None = 32) -> Bool[Tensor, " n"]:
     """Which scenes belong to a split.
 
     "train": what generative models see. "all": the same and held-out pairs, for the judge alone.
     "test": scenes of neither, without held-out pairs. "composition": test scenes with such a pair.
-    One scene in `share` (a divisor of 32) is kept for the tests.
+    One scene in `share` (a divisor of 32) is kept for the tests; with None scenes are not kept
+    apart, only pictures of them are, and held-out pairs.
     """
-    tested, pair = _hash(scenes) % share == 0, holds_held_out_pair(scenes)
+    pair = holds_held_out_pair(scenes)
+    tested = torch.ones_like(pair) if share is None else _hash(scenes) % share == 0
+    trained = tested if share is None else ~tested
     if split == "all":
-        return ~tested
-    rules = {"train": ~tested & ~pair, "test": tested & ~pair, "composition": tested & pair}
+        return trained
+    rules = {"train": trained & ~pair, "test": tested & ~pair, "composition": tested & pair}
     if split not in rules:
         raise ValueError(f"Unknown split {split!r}; one of {', '.join([*rules, 'all'])}.")
     return rules[split]
@@ -287,7 +290,7 @@ class Shapes:
     """
 
     name = "shapes"
-    test_share = 32  # one scene in so many is kept for the tests
+    test_share: int | None = 32  # one scene in so many is kept for the tests
 
     def __init__(self, resolution: int = 64) -> None:
         if resolution < 16:
@@ -315,7 +318,7 @@ class Shapes:
         """n random scenes of a split, as integers in the order of `FIELDS`."""
         kept: list[Tensor] = []
         while sum(map(len, kept)) < n:
-            rarity = 1 if split in ("train", "all") else self.test_share
+            rarity = 1 if split in ("train", "all") else self.test_share or 1
             scenes = self._draw_scenes(max(64, 2 * n * rarity), split, generator)
             kept.append(scenes[in_split(scenes, split, self.test_share)])
         return torch.cat(kept)[:n]
@@ -375,10 +378,14 @@ class Shapes:
 
 class TinyShapes(Shapes):
     """A corner of the world that a laptop learns in minutes: 32×32, one solid object, 4 colours,
-    4 shapes, 2 sizes, 4 backgrounds."""
+    4 shapes, 2 sizes, 4 backgrounds.
+
+    Without the held-out pairs that makes 112 scenes, too few to keep any back: `test` holds new
+    pictures of scenes known from training, and only `composition` has new scenes.
+    """
 
     name = "tiny-shapes"
-    test_share = 4  # there are only 128 scenes
+    test_share = None
     COLOURS = (0, 2, 3, 4)  # red, yellow, green, blue
     SHAPES = (0, 2, 3, 4)  # circle, triangle, star, heart
 
