@@ -86,7 +86,7 @@ book: $(VENV)/.has-book
 
 draw: $(VENV)/.has-core
 	@test -n "$$CAPTION" || { echo 'Say what to draw: make draw CAPTION="a small red star"' >&2; exit 2; }
-	@$(BIN)/t2ilearn draw "$$CAPTION"
+	@$(BIN)/t2ilearn draw "$$CAPTION" --best-of 8
 
 notebooks: $(VENV)/.has-test
 	$(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)

@@ -2,7 +2,8 @@
 
     python tools/make_strip.py
 
-Nothing is picked by hand: one picture a caption, seed 0, whatever comes out. Writes, under
+Nothing is picked by hand: seed 0, the best of sixteen drawings by the training reader, whatever
+comes out. Writes, under
 book/_static/: strip.png (six captions), pairs.webp (every colour with every shape) and pairs.html
 (the page part that shows one of them).
 """
@@ -28,12 +29,13 @@ CAPTIONS = (
     "a large striped brown triangle",
     "a small blue heart right of a large dotted red ring",
 )
+BEST_OF = 16
 SCALE, GAP, TEXT = 3, 16, 66  # enlargement, pixels between pictures, pixels for the caption
 
 
 def strip() -> Image.Image:
     """Six drawings side by side, each over its caption."""
-    pictures = [draw(caption, count=1, seed=0).image() for caption in CAPTIONS]
+    pictures = [draw(caption, count=1, seed=0, best_of=BEST_OF).image() for caption in CAPTIONS]
     side = pictures[0].height * SCALE
     width = len(pictures) * (side + GAP) - GAP
     sheet = Image.new("RGB", (width, side + TEXT), "white")
@@ -48,7 +50,9 @@ def strip() -> Image.Image:
 
 def pairs() -> tuple[Image.Image, list[bool]]:
     """One drawing for each colour (row) and shape (column), and what the judge says of each."""
-    drawings = [draw(f"a large {c} {s}", count=1, seed=0) for c in COLOURS for s in SHAPES]
+    drawings = [
+        draw(f"a large {c} {s}", count=1, seed=0, best_of=BEST_OF) for c in COLOURS for s in SHAPES
+    ]
     side = drawings[0].image().height
     sheet = Image.new("RGB", (side * len(SHAPES), side * len(COLOURS)))
     for number, drawing in enumerate(drawings):
