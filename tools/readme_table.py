@@ -63,7 +63,8 @@ def table(found: dict[str, dict]) -> list[str]:
     for name, card in found.items():
         shown = {what: card["metrics"][what] for what in SHOWN[card["system"]]}
         metrics = "<br>".join(f"{what}: {figure(v)}" for what, v in shown.items())
-        trained = f"{card['device']}, {card['precision']}, {card['minutes']:g} min"
+        precision = {"no": "fp32"}.get(card["precision"], card["precision"])
+        trained = f"{card['device']}, {precision}, {card['minutes']:g} min"
         lines.append(f"| `{name}` | {card['parameters'] / 1e6:.2f} M | {trained} | {metrics} |")
         for what, bar in card.get("bars", {}).items():
             if not bar["met"]:
