@@ -108,10 +108,10 @@ def test_every_level_halves_the_side_and_the_decoder_mirrors_it(channels, blocks
     assert Encoder(config, 7)(torch.zeros(2, 3, 16, 16)).shape[1] == 7
     assert Decoder(config)(z).shape == (2, 3, 16, 16)
     encoder, decoder = Encoder(config), Decoder(config)
-    for kind in (vqvae.ResidualBlock, nn.GroupNorm):
+    for kind in (vqvae.PlainBlock, nn.GroupNorm):
         counts = [sum(isinstance(m, kind) for m in net) for net in (encoder, decoder)]
         assert counts[0] == counts[1]
-    count = sum(isinstance(m, vqvae.ResidualBlock) for m in encoder)
+    count = sum(isinstance(m, vqvae.PlainBlock) for m in encoder)
     assert count == len(channels) - 1 + blocks  # the coarsest level has them all
 
 
@@ -900,3 +900,26 @@ def test_what_is_no_picture_s_codes_is_refused(unchecked, quantizer, cosine):
 def test_no_codes_at_all_are_no_pictures_at_all():
     model = small().float()
     assert model.decode_tokens(torch.zeros(0, 16, dtype=torch.int64)).shape == (0, 3, 16, 16)
+
+
+def test_a_plain_block_starts_as_the_identity_and_has_no_normalisation(generator):
+    block, x = vqvae.PlainBlock(8), torch.randn(2, 8, 4, 4, generator=generator)
+    with torch.no_grad():
+        block.conv2.bias.zero_()
+    assert torch.equal(block(x), x)
+    torch.nn.init.normal_(block.conv2.weight)
+    assert not torch.allclose(block(x), x)
+    assert not any("norm" in name.lower() for name in map(repr, block.modules()))
+
+
+def test_without_quantizing_the_decoder_hears_z_and_no_code_moves(generator):
+    torch.manual_seed(0)
+    model = VQVAE(VQVAEConfig(resolution=16, channels=(8, 8), codes=8, code_dim=4)).train()
+    x = 2 * torch.rand(2, 3, 16, 16, generator=generator) - 1
+    before = model.quantizer.codebook.clone()
+    output = model(x, quantize=False)
+    z = model.quantizer.project(model.encode(x))
+    assert torch.equal(output.reconstruction, model.decoder(z))
+    assert torch.equal(model.quantizer.codebook, before)
+    loss = vqvae_loss(x, output)
+    assert loss.codebook == 0 and loss.commitment == 0 and loss.total == loss.reconstruction
