@@ -101,8 +101,8 @@ def _blocks_per_level(config: VQVAEConfig) -> list[int]:
 class PlainBlock(nn.Module):
     """x + f(x), where f is two 3×3 convolutions without any normalisation, and starts at 0.
 
-    The paper's blocks have none either. Pictures of few flat colours are learned faster so: a group
-    norm takes away just what matters, how bright and how strong.
+    The paper's blocks have none either. In short trial runs on captioned shapes these learned
+    faster than blocks with group norms, but diverged at a learning rate of 2e-3.
     """
 
     def __init__(self, width: int) -> None:
