@@ -65,7 +65,14 @@ $(VENV)/.trusted: $(NOTEBOOKS) | $(VENV)/.has-lab
 	@$(if $(NOTEBOOKS),$(BIN)/jupyter trust $(NOTEBOOKS) >/dev/null)
 	@touch $@
 
-lab: $(VENV)/.has-lab $(VENV)/.trusted
+# JupyterLab asks the network for news and updates unless told not to.
+LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings/overrides.json
+$(LAB_SETTINGS): | $(VENV)/.has-lab
+	@mkdir -p $(@D)
+	@echo '{"@jupyterlab/apputils-extension:notification":' \
+	  '{"fetchNews": "false", "checkForUpdates": false}}' > $@
+
+lab: $(VENV)/.has-lab $(VENV)/.trusted $(LAB_SETTINGS)
 	$(BIN)/jupyter lab $(LAB_OPTIONS)
 
 check: $(VENV)/.has-test
