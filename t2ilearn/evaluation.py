@@ -135,7 +135,7 @@ def evaluate_prior(vqvae: VQVAE, prior: Prior, world: Shapes, n: int = 2000) -> 
     for manner, how in MANNERS.items():
         for name in ("test-full", "test-partial", "composition"):
             captions = real.captions if name == "test-full" else world.test_scenes(name, n)[1]
-            drawn, seconds = _drawn(vqvae, prior, captions, how)
+            drawn, seconds = draw_each(vqvae, prior, captions, how)
             metrics[f"{name}, {manner}"] = share(aligned(judge, drawn, captions))
             if name == "test-full":
                 floor_share = share(aligned(judge, drawn, shuffled))
@@ -148,10 +148,10 @@ def evaluate_prior(vqvae: VQVAE, prior: Prior, world: Shapes, n: int = 2000) -> 
     return metrics | {f"{what}, floor (real)": v for what, v in floor.items()}
 
 
-def _drawn(
+def draw_each(
     vqvae: VQVAE, prior: Prior, captions: list[str], how: dict[str, float]
 ) -> tuple[Float[Tensor, "n 3 h w"], float]:
-    """One drawing a caption, and the seconds that all took."""
+    """One drawing a caption, sampled by `how`, and the seconds that all took."""
     generator, began = torch.Generator().manual_seed(0), time.perf_counter()
     parts: list[Tensor] = []
     for ids in encode(captions).split(CHUNK):
