@@ -29,7 +29,7 @@ help:
 	@echo 'make notebooks              run every chapter anew and store its outputs'
 	@echo 'make train PRESET=tiny      train the first system (PRESET=book wants a GPU)'
 	@echo 'make format                 what ruff can mend by itself'
-	@echo 'make bench                  measure promised times and memory (TRAIN=1: training too)'
+	@echo 'make bench                  measure promised times and memory (TRAIN=1: of training)'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
