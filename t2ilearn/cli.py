@@ -23,7 +23,9 @@ app = typer.Typer(
 @app.command()
 def draw(
     caption: Annotated[str, typer.Argument(help="What to draw, as an English sentence.")],
-    system: Annotated[str, typer.Option("--with", help="vqvae or vqvae-tiny.")] = "vqvae",
+    system: Annotated[
+        str, typer.Option("--with", help="vqvae, vqvae-tiny, or a prior's run folder.")
+    ] = "vqvae",
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 4,
     guidance_scale: Annotated[
@@ -65,8 +67,7 @@ def _report(drawing: "Drawing", out: Path) -> None:
     drawing.save(out)
     if sys.stdout.isatty():
         typer.echo(terminal_picture(drawing))
-    right, count = sum(drawing.aligned), len(drawing.aligned)
-    typer.echo(f"{out}: {count} pictures; the judge finds all that is stated in {right} of them.")
+    typer.echo(f"{out}: {drawing.verdict()}.")
 
 
 def terminal_picture(drawing: "Drawing", width: int = 100) -> str:
@@ -93,14 +94,19 @@ def terminal_picture(drawing: "Drawing", width: int = 100) -> str:
 def train(
     system: Annotated[str, typer.Argument(help="reader, judge, vqvae, prior or pixelcnn.")],
     preset: Annotated[str, typer.Option(help="tiny (a laptop) or book (a GPU).")] = "tiny",
-    runs: Annotated[Path, typer.Option(help="Folder for checkpoints and results.")] = Path("runs"),
+    data: Annotated[
+        Path | None, typer.Option(help="Your own pictures: a folder with a captions.csv.")
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder for results; by default runs, or runs/DATA.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of the preset's number.")] = None,
     precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.")] = None,
 ) -> None:
     """Train a part of a system; an interrupted run goes on where it stopped."""
     from t2ilearn.recipes import train_system
 
-    path = train_system(system, preset, runs, steps=steps, precision=precision)
+    path = train_system(system, preset, runs, data=data, steps=steps, precision=precision)
     typer.echo(f"Weights: {path}")
 
 

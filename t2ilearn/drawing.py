@@ -6,6 +6,7 @@ redraw("star.png")              # and can be drawn again, pixel for pixel
 """
 
 import base64
+import hashlib
 import html
 import io
 import json
@@ -20,7 +21,9 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from t2ilearn import __version__, weights
-from t2ilearn.data.captions import encode, parse
+from t2ilearn.data.bpe import CaptionTokenizer
+from t2ilearn.data.captions import WordTokenizer, parse
+from t2ilearn.data.interface import Tokenizer
 from t2ilearn.prior import PixelCNN, Prior, PriorConfig, TransformerPrior, sample
 from t2ilearn.reader import Reader, ReaderConfig, aligned, score
 from t2ilearn.vqvae import VQVAE, VQVAEConfig
@@ -32,16 +35,22 @@ SYSTEMS = {
 PRIORS: dict[str, type[Prior]] = {"prior": TransformerPrior, "pixelcnn": PixelCNN}
 # How `draw` samples unless told otherwise: the caption insisted on, the unlikeliest codes left out.
 GUIDANCE_SCALE, TOP_P = 2.0, 0.9
+JUDGED = ("shapes", "tiny-shapes")  # worlds that the readers know
 METADATA_KEY = "t2ilearn"
 MAX_COUNT = 64
 
 
 class System(NamedTuple):
-    """A VQ-VAE, the prior over its codes, and an id that changes with either's weights."""
+    """A VQ-VAE, the prior over its codes, how captions reach it, and an id of all weights.
+
+    `judged` says whether our readers can read what it draws: they know the shapes world.
+    """
 
     vqvae: VQVAE
     prior: Prior
+    tokenizer: Tokenizer
     weights_id: str
+    judged: bool
 
 
 def _config(kind: type, values: dict) -> Any:
@@ -74,19 +83,71 @@ def load_reader(name: str = "reader") -> Reader:
     return model.eval()
 
 
+def load_tokenizer(prior: str | Path) -> Tokenizer:
+    """The tokenizer that a prior learned its captions through, by its card.
+
+    Raises:
+        WeightsError: if its file is not the one that the prior learned from.
+    """
+    stated = weights.load(prior).card.get("tokenizer")
+    if stated is None:
+        return WordTokenizer()
+    path = Path(prior).with_name(stated["file"])
+    try:
+        tokenizer = CaptionTokenizer.load(path, stated["length"])
+    except ValueError as error:
+        raise weights.WeightsError(str(error)) from None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != stated["sha256"]:
+        raise weights.WeightsError(f"{path} is not the tokenizer that this prior learned from.")
+    return tokenizer
+
+
+def find_parts(system: str) -> tuple[str | Path, str | Path]:
+    """The weights of a system's VQ-VAE and prior: names that ship, or files of own runs.
+
+    Raises:
+        ValueError: if the system is neither in `SYSTEMS` nor the folder of a prior's run.
+    """
+    if system in SYSTEMS:
+        return SYSTEMS[system]
+    run = Path(system)
+    kind, _, preset = run.name.partition("-")
+    if kind not in PRIORS or not preset or not run.is_dir():
+        raise ValueError(
+            f"Unknown system {system!r}; one of {', '.join(SYSTEMS)}, or the folder of a prior "
+            "that you trained, such as runs/prior-tiny."
+        )
+    vqvae = run.with_name(f"vqvae-{preset}")
+    return vqvae / f"{vqvae.name}.safetensors", run / f"{run.name}.safetensors"
+
+
 @lru_cache(maxsize=4)
 def load_system(name: str = "vqvae") -> System:
     """A complete text-to-image system.
 
+    Args:
+        name: one of `SYSTEMS`, or the folder of a prior's run; the run of its VQ-VAE lies beside
+            it.
+
     Raises:
-        ValueError: if the name is not in `SYSTEMS`.
-        WeightsError: if its weights are missing or damaged.
+        ValueError: if there is no such system.
+        WeightsError: if weights are missing or damaged, or the prior learned other codes.
     """
-    if name not in SYSTEMS:
-        raise ValueError(f"Unknown system {name!r}; one of {', '.join(SYSTEMS)}.")
-    first, second = SYSTEMS[name]
-    ids = [weights.load(part).card["sha256"][:8] for part in (first, second)]
-    return System(load_vqvae(first), load_prior(second), "-".join(ids))
+    first, second = find_parts(name)
+    cards = [weights.load(part).card for part in (first, second)]
+    learned = cards[1].get("metrics", {}).get("vqvae")
+    if learned not in (None, cards[0]["sha256"]):
+        raise weights.WeightsError(
+            f"{second} learned the codes of another VQ-VAE ({learned[:8]}) than {first} "
+            f"({cards[0]['sha256'][:8]}): its codes would mean nothing there."
+        )
+    return System(
+        load_vqvae(first),
+        load_prior(second),
+        load_tokenizer(second),
+        "-".join(card["sha256"][:8] for card in cards),
+        cards[0]["data"]["world"] in JUDGED,
+    )
 
 
 @dataclass(frozen=True)
@@ -104,9 +165,9 @@ class Request:
 
     def check(self) -> None:
         """Raise `CaptionError` or `ValueError` if this cannot be drawn."""
-        parse(self.caption)
-        if self.system not in SYSTEMS:
-            raise ValueError(f"Unknown system {self.system!r}; one of {', '.join(SYSTEMS)}.")
+        find_parts(self.system)
+        if self.system in SYSTEMS:  # where own pictures were learned, any caption can be asked for
+            parse(self.caption)
         if not 1 <= self.count * self.best_of <= MAX_COUNT or self.count < 1:
             raise ValueError(
                 f"count × best-of must be 1 … {MAX_COUNT}, not {self.count} × {self.best_of}."
@@ -119,7 +180,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Pictures drawn for one caption, and what the judge read in them."""
+    """Pictures drawn for one caption, and what the judge read in them.
+
+    `aligned` is empty where there is no judge: for pictures of your own.
+    """
 
     pictures: Float[Tensor, "n 3 h w"]
     request: Request
@@ -160,11 +224,13 @@ class Drawing:
             partial.unlink(missing_ok=True)
         return path
 
+    def verdict(self) -> str:
+        """How many pictures there are, and how many show what the caption states."""
+        count = f"{len(self.pictures)} pictures"
+        return f"{sum(self.aligned)} of {count} as stated" if self.aligned else count
+
     def __repr__(self) -> str:
-        right = sum(self.aligned)
-        return (
-            f"Drawing({self.request.caption!r}, {len(self.pictures)} pictures, {right} as stated)"
-        )
+        return f"Drawing({self.request.caption!r}, {self.verdict()})"
 
     def _repr_html_(self) -> str:
         """For notebooks. The caption is escaped: it is somebody's text, not markup."""
@@ -172,12 +238,12 @@ class Drawing:
         self.image().save(buffer, format="PNG")
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
         caption = html.escape(self.request.caption)
+        note = f"{caption} · {self.verdict()}"
         count, height = len(self.pictures), 2 * self.pictures.shape[-2]
-        note = f"{sum(self.aligned)} of {count} as stated"
         return (
             f'<figure style="margin:0"><img alt="{count} pictures drawn for: {caption}" '
             f'src="data:image/png;base64,{data}" style="height:{height}px;'
-            f'image-rendering:pixelated"><figcaption>{caption} · {note}</figcaption></figure>'
+            f'image-rendering:pixelated"><figcaption>{note}</figcaption></figure>'
         )
 
 
@@ -201,8 +267,9 @@ def draw(
     """Draw pictures for a caption.
 
     Args:
-        caption: a sentence of the shapes world, e.g. "a small red star above a blue ring".
-        system: which model draws; see `SYSTEMS`.
+        caption: a sentence of the shapes world, e.g. "a small red star above a blue ring"; any
+            caption, if the system learned pictures of your own.
+        system: which model draws: one of `SYSTEMS`, or the folder of a prior you trained.
         seed: the same seed, system and weights give the same pictures on the same machine.
         count: how many pictures.
         guidance_scale: 1 follows the caption as learned, more insists, 0 ignores it.
@@ -217,11 +284,13 @@ def draw(
     request = Request(caption, system, seed, count, guidance_scale, best_of, temperature, top_p)
     request.check()
     loaded = load_system(system)
+    if best_of > 1 and not loaded.judged:
+        raise ValueError("best-of needs a reader of what is drawn, and there is none for these.")
     n = count * best_of
     generator = torch.Generator().manual_seed(seed)
     codes = sample(
         loaded.prior,
-        encode([caption]).expand(n, -1),
+        loaded.tokenizer.encode([caption]).expand(n, -1),
         temperature=temperature,
         top_p=top_p,
         guidance_scale=guidance_scale,
@@ -232,7 +301,9 @@ def draw(
         scores = score(load_reader("reader"), pictures, [caption] * n).view(count, best_of)
         pictures = pictures.view(count, best_of, *pictures.shape[1:])
         pictures = pictures[torch.arange(count), scores.argmax(1)]
-    right = aligned(load_reader("judge"), pictures, [caption] * count).tolist()
+    right: list[bool] = []
+    if loaded.judged:
+        right = aligned(load_reader("judge"), pictures, [caption] * count).tolist()
     return Drawing(pictures, request, loaded.weights_id, right)
 
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from t2ilearn.data import Shapes, encode
-from t2ilearn.data.shapes import render
+from t2ilearn.data import CaptionedPictures, Shapes, Tokenizer, encode
 from t2ilearn.drawing import GUIDANCE_SCALE, TOP_P, load_reader
 from t2ilearn.metrics import (
     Interval,
@@ -29,6 +28,7 @@ from t2ilearn.metrics import (
 )
 from t2ilearn.prior import Prior, sample
 from t2ilearn.reader import Reader, aligned, junk, read
+from t2ilearn.tokens import null_caption
 from t2ilearn.vqvae import VQVAE
 
 TEST_PICTURES = 5_000  # codebook usage is over so many
@@ -86,22 +86,27 @@ def evaluate_reader(reader: Reader, world: Shapes, n: int = 2000) -> dict[str, A
 
 
 @torch.no_grad()
-def evaluate_vqvae(model: VQVAE, world: Shapes, n: int = 2000) -> dict[str, Any]:
-    """PSNR, codebook usage and perplexity over test pictures, and what the judge still reads."""
-    judge, generator = load_reader("judge"), torch.Generator().manual_seed(0)
+def evaluate_vqvae(model: VQVAE, world: CaptionedPictures, n: int = 2000) -> dict[str, Any]:
+    """PSNR, codebook usage and perplexity over test pictures, and what the judge still reads where
+    there is one."""
+    generator = torch.Generator().manual_seed(0)
     scenes = world.scenes(TEST_PICTURES, "test", generator=generator)
-    codes = torch.cat(
-        [model.tokens(render(s, world.resolution, generator)) for s in scenes.split(CHUNK)]
-    )
-    real = world.test_set("test-full", n)
+    codes = torch.cat([model.tokens(world.pictures(s, generator)) for s in scenes.split(CHUNK)])
+    real = world.test_set(world.test_sets[0], n)
     back = _reconstructed(model, real.pictures)
     quality = bootstrap(lambda x: x.mean().item(), psnr(back, real.pictures), generator=generator)
-    other = render(scenes[:n], world.resolution, generator)
-    floor = _distances(judge, real.pictures, other, generator)
-    return {
+    metrics = {
         "PSNR, dB": rounded(quality, 2),
         "codebook usage": round(codebook_usage(codes, model.config.codes), 4),
         "perplexity": round(perplexity(codes, model.config.codes), 1),
+    }
+    if not isinstance(world, Shapes):
+        return metrics
+    judge = load_reader("judge")
+    other = world.pictures(scenes[:n], generator)
+    floor = _distances(judge, real.pictures, other, generator)
+    return {
+        **metrics,
         "judge on reconstructions": share(aligned(judge, back, real.captions)),
         "judge on real pictures": share(aligned(judge, real.pictures, real.captions)),
         **_distances(judge, real.pictures, back, generator),
@@ -146,6 +151,31 @@ def evaluate_prior(vqvae: VQVAE, prior: Prior, world: Shapes, n: int = 2000) -> 
     other = world.sample(n, "test", generator=generator).pictures
     floor = _distances(judge, real.pictures, other, generator)
     return metrics | {f"{what}, floor (real)": v for what, v in floor.items()}
+
+
+@torch.no_grad()
+def evaluate_likelihood(
+    vqvae: VQVAE, prior: Prior, world: CaptionedPictures, tokenizer: Tokenizer, n: int = 2000
+) -> dict[str, Any]:
+    """Nats a code on test pictures, under their own captions, under another picture's, and under
+    none: what can be said of any world, also where no judge reads what is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    real = world.test_set(world.test_sets[0], n)
+    own = tokenizer.encode(real.captions)
+    codes = torch.cat([vqvae.tokens(part) for part in real.pictures.split(CHUNK)])
+    captions = {
+        "nats a code": own,
+        "nats a code, captions shuffled": own.roll(1, dims=0),
+        "nats a code, no caption": null_caption(*own.shape),
+    }
+    metrics: dict[str, Any] = {"test pictures": len(codes)}
+    for what, ids in captions.items():
+        pairs = zip(codes.split(CHUNK), ids.split(CHUNK), strict=True)
+        losses = [F.cross_entropy(prior(q, c).mT, q, reduction="none").mean(1) for q, c in pairs]
+        each = torch.cat(losses)  # (n,)
+        interval = bootstrap(lambda x: x.mean().item(), each, generator=generator)
+        metrics[what] = rounded(interval)
+    return metrics
 
 
 def draw_each(

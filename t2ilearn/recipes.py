@@ -1,6 +1,7 @@
 """One short entry a system and preset: data + model + step + evaluation → weights and a card.
 
     t2ilearn train vqvae --preset tiny      # then: t2ilearn train prior --preset tiny
+    t2ilearn train vqvae --data my-pictures # the same on pictures of your own
 
 `tiny` trains on a laptop; `book` makes what ships. A recipe is data: read `RECIPES`, then the one
 function of the system. Every run writes its weights and its card into `RUNS/SYSTEM-PRESET/`, and
@@ -19,10 +20,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from t2ilearn import __version__, weights
-from t2ilearn.data import Shapes, TinyShapes, encode
-from t2ilearn.data.shapes import render
+from t2ilearn.data import (
+    CaptionedPictures,
+    CaptionTokenizer,
+    Folder,
+    Shapes,
+    TinyShapes,
+    Tokenizer,
+    WordTokenizer,
+)
 from t2ilearn.drawing import PRIORS, load_vqvae
-from t2ilearn.evaluation import blur, evaluate_prior, evaluate_reader, evaluate_vqvae
+from t2ilearn.evaluation import (
+    blur,
+    evaluate_likelihood,
+    evaluate_prior,
+    evaluate_reader,
+    evaluate_vqvae,
+)
 from t2ilearn.prior import Prior, PriorConfig, drop_captions, prior_loss, sample
 from t2ilearn.reader import UNREADABLE, Reader, ReaderConfig, junk, reader_loss
 from t2ilearn.training import TrainConfig, TrainResult, train
@@ -33,15 +47,15 @@ from t2ilearn.vqvae import VQVAE, VQVAEConfig, vqvae_loss
 class Recipe:
     """What one run needs: a world, the sizes of the model, the length of the training."""
 
-    world: Shapes
+    world: CaptionedPictures
     model: Any
     train: TrainConfig
     split: str = "train"
 
 
-WORDS = 42  # len(data.captions.VOCABULARY); a test holds the two together
+WORDS = WordTokenizer()
 _TINY_VQVAE = VQVAEConfig(resolution=32, channels=(32, 64), blocks=1, codes=256, code_dim=16)
-_BOOK_VQVAE = VQVAEConfig(resolution=64, channels=(32, 64, 120), blocks=2, codes=1024, code_dim=32)
+_BOOK_VQVAE = VQVAEConfig(resolution=64, channels=(32, 64, 160), blocks=1, codes=1024, code_dim=32)
 
 RECIPES: dict[tuple[str, str], Recipe] = {
     ("judge", "book"): Recipe(
@@ -54,31 +68,33 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         TinyShapes(), _TINY_VQVAE, TrainConfig(6000, 16, 2e-3, gradient_clip=0.2, ema_decay=0.995)
     ),
     ("vqvae", "book"): Recipe(
-        Shapes(), _BOOK_VQVAE, TrainConfig(12_000, 16, 1e-3, gradient_clip=0.2, ema_decay=0.999)
+        Shapes(), _BOOK_VQVAE, TrainConfig(24_000, 16, 1e-3, gradient_clip=0.2, ema_decay=0.999)
     ),
     ("prior", "tiny"): Recipe(
         TinyShapes(),
-        PriorConfig(codes=256, width=96, depth=3, heads=3, vocabulary=WORDS),
+        PriorConfig(codes=256, width=96, depth=3, heads=3, vocabulary=WORDS.vocabulary),
         TrainConfig(5000, 32, 2e-3, ema_decay=0.998),
     ),
     ("prior", "book"): Recipe(
         Shapes(),
-        PriorConfig(codes=1024, width=192, depth=5, heads=6, vocabulary=WORDS),
-        TrainConfig(5500, 32, 1.5e-3, 0.03, ema_decay=0.999),
+        PriorConfig(codes=1024, width=192, depth=5, heads=6, vocabulary=WORDS.vocabulary),
+        TrainConfig(16_500, 32, 1.5e-3, 0.03, ema_decay=0.999),
     ),
     ("pixelcnn", "tiny"): Recipe(
         TinyShapes(),
-        PriorConfig(codes=256, width=40, depth=4, heads=2, vocabulary=WORDS),
+        PriorConfig(codes=256, width=40, depth=4, heads=2, vocabulary=WORDS.vocabulary),
         TrainConfig(6000, 32, 2e-3, ema_decay=0.998),
     ),
     ("pixelcnn", "book"): Recipe(
         Shapes(),
-        PriorConfig(codes=1024, width=96, depth=5, heads=3, vocabulary=WORDS),
+        PriorConfig(codes=1024, width=96, depth=5, heads=3, vocabulary=WORDS.vocabulary),
         TrainConfig(4000, 96, 1e-3, 0.02, ema_decay=0.998),
     ),
 }
 
-CODES_PER_WORLD = {"tiny-shapes": 20_000, "shapes": 60_000}  # pictures that a prior learns from
+# Pictures that a prior learns from; those of a folder are moved a little each time.
+CODES_PER_WORLD = {"tiny-shapes": 20_000, "shapes": 120_000, "folder": 20_000}
+FOLDER_SHIFT = 2  # pixels
 WARM_UP = 300  # steps without a codebook, so that it can start at the centres of real encodings
 REVIVE_EVERY = 50  # steps; late in training the codebook is left in peace
 DROP_CAPTIONS = 0.1  # the share of a prior's captions that say nothing, so that guidance works
@@ -115,6 +131,7 @@ class Job:
     system: str
     preset: str
     runs: Path
+    tokenizer: Tokenizer
     how: dict[str, Any]  # precision and progress, for `train`
 
     @property
@@ -141,8 +158,9 @@ class Job:
 def train_system(
     system: str,
     preset: str = "tiny",
-    runs: Path | str = "runs",
+    runs: Path | str | None = None,
     *,
+    data: Path | str | None = None,
     steps: int | None = None,
     precision: str | None = None,
     progress: bool = True,
@@ -152,7 +170,10 @@ def train_system(
     Args:
         system: "judge", "reader", "vqvae", "prior" or "pixelcnn".
         preset: "tiny" or "book".
-        runs: the folder for runs; an interrupted run is resumed from there.
+        runs: the folder for runs; an interrupted run is resumed from there. By default "runs", or
+            "runs/NAME" for a data folder of that name.
+        data: a folder of pictures of your own with a captions.csv, to train on instead of the
+            recipe's world; see `data.Folder`. For "vqvae", "prior" and "pixelcnn".
         steps: fewer or more steps than the recipe's.
         precision: "no", "bf16" or "fp16"; by default what suits the device.
 
@@ -161,7 +182,8 @@ def train_system(
         the card has no metrics.
 
     Raises:
-        ValueError: for an unknown system or preset.
+        ValueError: for an unknown system or preset, or a system that cannot learn from a folder.
+        FolderError: if the folder of pictures is not in order.
     """
     if (system, preset) not in RECIPES:
         known = ", ".join(f"{s} {p}" for s, p in RECIPES)
@@ -169,8 +191,13 @@ def train_system(
     recipe = RECIPES[system, preset]
     if steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+    tokenizer: Tokenizer = WORDS
+    if data is not None:
+        recipe, tokenizer = with_own_pictures(recipe, Path(data))
+    if runs is None:
+        runs = "runs" if data is None else Path("runs", Path(data).resolve().name)
     how = {"precision": precision, "progress": progress}
-    job = Job(recipe, system, preset, Path(runs), how)
+    job = Job(recipe, system, preset, Path(runs), tokenizer, how)
     run, evaluate = _SYSTEMS[system]
     result = run(job)
     card: dict[str, Any] = {
@@ -184,22 +211,46 @@ def train_system(
         "device": _device_name(),
         "precision": result.precision,
         "parameters": sum(p.numel() for p in result.model.parameters()),
-        "command": _command(system, preset, steps, precision),
+        "command": _command(system, preset, data, steps, precision),
         "version": __version__,
     }
+    if isinstance(tokenizer, CaptionTokenizer):
+        card["tokenizer"] = tokenizer.save(job.runs / job.name / "tokenizer.json")
     path = weights.save(job.runs / job.name, job.name, result.model.state_dict(), card)
     if result.stopped:
         return path
     stored = weights.load(path)
     weights.load_into(result.model, stored)
     card["metrics"] = evaluate(job, result.model)
-    card["bars"] = against_bars(card["metrics"], BARS.get((system, preset), {}))
+    bars = BARS.get((system, preset), {}) if data is None else {}
+    card["bars"] = against_bars(card["metrics"], bars)
     return weights.save(path.parent, job.name, stored.state, card)
 
 
-def _command(system: str, preset: str, steps: int | None, precision: str | None) -> str:
+def with_own_pictures(recipe: Recipe, folder: Path) -> tuple[Recipe, Tokenizer]:
+    """A recipe for pictures of your own, and the tokenizer learned from their captions.
+
+    Raises:
+        FolderError: if the folder is not in order.
+        ValueError: if the recipe's model reads attributes that such pictures do not have.
+    """
+    if isinstance(recipe.model, ReaderConfig):
+        raise ValueError("Readers learn the shapes world alone: own pictures state no attributes.")
+    world = Folder(folder, recipe.world.resolution, FOLDER_SHIFT)
+    tokenizer = CaptionTokenizer.train(world.captions).fitted(world.captions + world.test_captions)
+    model = recipe.model
+    if isinstance(model, PriorConfig):
+        sizes = {"vocabulary": tokenizer.vocabulary, "text_length": tokenizer.length}
+        model = replace(model, **sizes)
+    return replace(recipe, world=world, model=model), tokenizer
+
+
+def _command(
+    system: str, preset: str, data: Path | str | None, steps: int | None, precision: str | None
+) -> str:
     """The line that repeats a run."""
     line = f"t2ilearn train {system} --preset {preset}"
+    line += f" --data {Path(data).name}" if data is not None else ""
     line += f" --steps {steps}" if steps is not None else ""
     return line + (f" --precision {precision}" if precision else "")
 
@@ -235,7 +286,7 @@ def _train_reader(job: Job) -> TrainResult:
 
     def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         scenes = world.scenes(size, recipe.split, generator=generator)
-        pictures = degrade(render(scenes, world.resolution, generator), generator)
+        pictures = degrade(world.pictures(scenes, generator), generator)
         pictures[:spoiled] = junk(pictures, generator)[:spoiled]
         scenes[:spoiled], scenes[:spoiled, 0] = -1, UNREADABLE
         return pictures, scenes
@@ -249,7 +300,7 @@ def _train_reader(job: Job) -> TrainResult:
 
 
 def _evaluate_reader(job: Job, reader: nn.Module) -> dict[str, Any]:
-    assert isinstance(reader, Reader)
+    assert isinstance(reader, Reader) and isinstance(job.recipe.world, Shapes)
     return evaluate_reader(reader, job.recipe.world)
 
 
@@ -264,7 +315,7 @@ def _train_vqvae(job: Job) -> TrainResult:
 
     def pictures(n: int, generator: torch.Generator) -> Tensor:
         scenes = world.scenes(n, recipe.split, generator=generator)
-        return render(scenes, world.resolution, generator)
+        return world.pictures(scenes, generator)
 
     def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, bool]:
         return pictures(recipe.train.batch_size, generator), step >= warm_up
@@ -280,7 +331,7 @@ def _train_vqvae(job: Job) -> TrainResult:
         elif quantize and step % REVIVE_EVERY == 0 and step < 0.7 * steps:
             model.revive(x, generator)
 
-    examples = world.test_set("test-full", 8).pictures
+    examples = world.test_set(world.test_sets[0], 8).pictures
 
     def draw_samples(_: nn.Module) -> Tensor:
         x = examples.to(next(model.parameters()).device)
@@ -300,22 +351,24 @@ def _evaluate_vqvae(job: Job, model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def encode_world(vqvae: VQVAE, world: Shapes, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Scenes (n, 11) and their codes (n, N), computed once: training never touches a pixel."""
+def encode_world(
+    vqvae: VQVAE, world: CaptionedPictures, n: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Scenes (n, facts) and their codes (n, N), computed once: training never touches a pixel."""
     generator = torch.Generator().manual_seed(seed)
     scenes = world.scenes(n, "train", generator=generator)
-    parts = [vqvae.tokens(render(s, world.resolution, generator)) for s in scenes.split(250)]
+    parts = [vqvae.tokens(world.pictures(s, generator)) for s in scenes.split(250)]
     return scenes, torch.cat(parts).to(torch.int16)
 
 
 def _train_prior(job: Job) -> TrainResult:
     world, recipe, vqvae = job.recipe.world, job.recipe, job.vqvae()[0]
-    size = recipe.train.batch_size
+    size, words = recipe.train.batch_size, job.tokenizer
     scenes, codes = encode_world(vqvae, world, CODES_PER_WORLD[world.name], recipe.train.seed)
 
     def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(scenes), (size,), generator=generator)
-        captions = encode(world.mixed_captions(scenes[rows], generator))  # new words each time
+        captions = words.encode(world.mixed_captions(scenes[rows], generator))  # new each time
         return codes[rows].long(), drop_captions(captions, DROP_CAPTIONS, generator)
 
     def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
@@ -324,7 +377,7 @@ def _train_prior(job: Job) -> TrainResult:
 
     torch.manual_seed(recipe.train.seed)
     prior = PRIORS[job.system](recipe.model)
-    examples = encode(world.test_set("test-full", 8).captions)
+    examples = words.encode(world.test_set(world.test_sets[0], 8).captions)
 
     def draw_samples(_: nn.Module) -> Tensor:
         ids = examples.to(next(prior.parameters()).device)
@@ -336,8 +389,13 @@ def _train_prior(job: Job) -> TrainResult:
 
 def _evaluate_prior(job: Job, prior: nn.Module) -> dict[str, Any]:
     vqvae, sha256 = job.vqvae()
+    world = job.recipe.world
     assert isinstance(prior, Prior)
-    return evaluate_prior(vqvae, prior, job.recipe.world) | {"vqvae": sha256}
+    if isinstance(world, Shapes):
+        metrics = evaluate_prior(vqvae, prior, world)
+    else:
+        metrics = evaluate_likelihood(vqvae, prior, world, job.tokenizer)
+    return metrics | {"vqvae": sha256}
 
 
 _SYSTEMS: dict[str, tuple[Callable[[Job], TrainResult], Callable[[Job, nn.Module], dict]]] = {

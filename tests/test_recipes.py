@@ -8,11 +8,10 @@ import torch
 
 from t2ilearn import evaluation, recipes, weights
 from t2ilearn.data import Shapes, TinyShapes
-from t2ilearn.data.captions import VOCABULARY
 from t2ilearn.drawing import load_prior, load_vqvae
 from t2ilearn.prior import PixelCNN, TransformerPrior
 from t2ilearn.reader import Reader, ReaderConfig
-from t2ilearn.recipes import RECIPES, WORDS, degrade, encode_world, train_system
+from t2ilearn.recipes import RECIPES, degrade, encode_world, train_system
 from t2ilearn.vqvae import VQVAE
 
 QUIET = {"progress": False}
@@ -37,10 +36,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(evaluation, "TEST_PICTURES", 60)
     monkeypatch.setitem(recipes.CODES_PER_WORLD, "tiny-shapes", 200)
     return asked
-
-
-def test_words_are_as_many_as_the_vocabulary():
-    assert WORDS == len(VOCABULARY)
 
 
 @pytest.mark.parametrize("system", ["vqvae", "prior", "pixelcnn"])

@@ -124,6 +124,16 @@ def encode(captions: Sequence[str]) -> Int[Tensor, "b 24"]:
     return ids
 
 
+class WordTokenizer:
+    """`encode` with the sizes that a prior must know; what `bpe.CaptionTokenizer` is elsewhere."""
+
+    vocabulary, length = len(VOCABULARY), TEXT_LENGTH
+
+    def encode(self, captions: Sequence[str]) -> Int[Tensor, "b 24"]:
+        """See the function of this name."""
+        return encode(captions)
+
+
 def decode(ids: Sequence[int]) -> str:
     """The words of a row of token ids, without END and PAD."""
     return " ".join(VOCABULARY[i] for i in ids if i not in (PAD, END))

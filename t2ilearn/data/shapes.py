@@ -290,6 +290,7 @@ class Shapes:
     """
 
     name = "shapes"
+    test_sets: tuple[str, ...] = TEST_SETS
     test_share: int | None = 32  # one scene in so many is kept for the tests
 
     def __init__(self, resolution: int = 64) -> None:
@@ -343,8 +344,14 @@ class Shapes:
         """n pictures and captions; half of the captions say everything, half leave things out."""
         scenes = self.scenes(n, split, generator=generator)
         return PictureBatch(
-            render(scenes, self.resolution, generator), self.mixed_captions(scenes, generator)
+            self.pictures(scenes, generator), self.mixed_captions(scenes, generator)
         )
+
+    def pictures(
+        self, scenes: Int[Tensor, "n 11"], generator: torch.Generator
+    ) -> Float[Tensor, "n 3 h w"]:
+        """`render` at this world's resolution."""
+        return render(scenes, self.resolution, generator)
 
     def mixed_captions(self, scenes: Int[Tensor, "n 11"], generator: torch.Generator) -> list[str]:
         """Captions as in training: every second one says everything."""
@@ -373,7 +380,7 @@ class Shapes:
         """
         scenes, captions = self.test_scenes(name, n)
         generator = torch.Generator().manual_seed(2000)
-        return PictureBatch(render(scenes, self.resolution, generator), captions)
+        return PictureBatch(self.pictures(scenes, generator), captions)
 
 
 class TinyShapes(Shapes):
