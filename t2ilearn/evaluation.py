@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from t2ilearn.data import CaptionedPictures, Shapes, Tokenizer, encode
+from t2ilearn.data import CaptionedPictures, Emoji, Shapes, Tokenizer, encode
 from t2ilearn.drawing import GUIDANCE_SCALE, TOP_P, load_reader
 from t2ilearn.metrics import (
     Interval,
@@ -27,7 +27,7 @@ from t2ilearn.metrics import (
     psnr,
 )
 from t2ilearn.prior import Prior, sample
-from t2ilearn.reader import Reader, aligned, junk, read
+from t2ilearn.reader import Reader, aligned, junk, read, read_emoji
 from t2ilearn.tokens import null_caption
 from t2ilearn.vqvae import VQVAE
 
@@ -64,25 +64,51 @@ def jpeg(pictures: Float[Tensor, "b 3 h w"], quality: int) -> Float[Tensor, "b 3
     return torch.stack(back).float().div(127.5).sub(1)
 
 
-def evaluate_reader(reader: Reader, world: Shapes, n: int = 2000) -> dict[str, Any]:
-    """Share of real pictures read fully right: ceiling, floor, and under damage."""
-    pictures, captions = world.test_set("test-full", n)
-    generator = torch.Generator().manual_seed(0)
-    noise = 0.1 * torch.randn(pictures.shape, generator=generator)
-    versions = {
+def damaged(pictures: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b 3 _ _"]]:
+    """The same pictures as they are, and spoiled in four ways: how robust is who reads them?"""
+    noise = 0.1 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+    return {
         "real": pictures,
         "blur 3x3": blur(pictures),
         "noise 0.1": (pictures + noise).clamp(-1, 1),
         "jpeg 50": jpeg(pictures, 50),
         "at 32 px": F.interpolate(pictures, (32, 32), mode="area"),
     }
+
+
+def evaluate_reader(reader: Reader, world: Shapes, n: int = 2000) -> dict[str, Any]:
+    """Share of real pictures read fully right: ceiling, floor, and under damage."""
+    pictures, captions = world.test_set("test-full", n)
     metrics: dict[str, Any] = {
-        name: share(aligned(reader, version, captions)) for name, version in versions.items()
+        name: share(aligned(reader, version, captions))
+        for name, version in damaged(pictures).items()
     }
     shuffled = captions[1:] + captions[:1]
     metrics["floor (captions shuffled)"] = share(aligned(reader, pictures, shuffled))
+    generator = torch.Generator().manual_seed(1)
     metrics["junk called readable"] = share(read(reader, junk(pictures, generator)).readable)
     return metrics
+
+
+def evaluate_emoji_judge(judge: Reader, world: Emoji, seed: int = 5000) -> dict[str, Any]:
+    """Concept and style of every drawing, each once, moved and scaled anew on some background:
+    ceiling, floor, and under damage. The judge knows all drawings; their places and sizes here it
+    has not seen."""
+    generator = torch.Generator().manual_seed(seed)
+    scenes = world.each_once(generator)
+    pictures = world.pictures(scenes, generator)
+    metrics: dict[str, Any] = {}
+    for name, version in damaged(pictures).items():
+        reading = read_emoji(judge, version)
+        found = reading.concepts == scenes[:, :1]  # (n, 5)
+        metrics[f"concept, {name}"] = share(found[:, 0])
+        metrics[f"concept in the first five, {name}"] = share(found.any(1))
+        metrics[f"style, {name}"] = share(reading.styles == scenes[:, 1])
+        if name == "real":
+            other = reading.concepts[:, 0].roll(1) == scenes[:, 0]
+            metrics["concept, floor (drawings shuffled)"] = share(other)
+    readable = read_emoji(judge, junk(pictures, generator)).readable
+    return metrics | {"junk called readable": share(readable)}
 
 
 @torch.no_grad()

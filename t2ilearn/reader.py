@@ -7,6 +7,9 @@ the `train` split) may serve as a perceptual trunk or pick the best of several d
 
     picture (B, 3, 64, 64) → features (B, 192) → one small classifier an attribute
 
+The *emoji judge* is the same network with other questions: which concept, which style, which
+background.
+
 An object slot is a place, not an order of words: slot 1 is the upper or left object. The count
 head has a third answer, "unreadable", learned from junk; unreadable pictures count as wrong.
 """
@@ -34,13 +37,19 @@ _VALUES = {
 }
 
 
+# One classifier a field, with as many answers as there are choices; "unreadable" is a third count.
+SHAPES_ANSWERS = tuple(CHOICES[f.rsplit("_", 1)[0]] + (f == "count") for f in FIELDS)
+
+
 @dataclass(frozen=True)
 class ReaderConfig:
-    """Sizes of a reader: picture side, channels of its levels, width of its features."""
+    """Sizes of a reader: picture side, channels of its levels, width of its features, and how many
+    answers each of its classifiers knows."""
 
     resolution: int = 64
     channels: tuple[int, ...] = (32, 64, 96)
     features: int = 192
+    answers: tuple[int, ...] = SHAPES_ANSWERS
 
 
 class ReaderLoss(NamedTuple):
@@ -51,7 +60,7 @@ class ReaderLoss(NamedTuple):
 
 
 class Reader(nn.Module):
-    """Reads the eleven attributes of a shapes picture.
+    """Reads the attributes of a picture: the eleven of the shapes world, unless told otherwise.
 
     Pictures of another size are resized to `config.resolution` first.
     """
@@ -68,8 +77,7 @@ class Reader(nn.Module):
         self.narrow = nn.Conv2d(channels[-1], 64, 4, stride=2, padding=1)
         side = self.config.resolution // 2 ** (len(channels) + 1)
         self.project = nn.Linear(64 * side * side, self.config.features)
-        self.answers = [CHOICES[f.rsplit("_", 1)[0]] + (f == "count") for f in FIELDS]
-        self.heads = nn.Linear(self.config.features, sum(self.answers))
+        self.heads = nn.Linear(self.config.features, sum(self.config.answers))
 
     def trunk(self, pictures: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
         """The feature maps of each level, finest first: a perceptual distance compares them."""
@@ -91,11 +99,12 @@ class Reader(nn.Module):
         return F.silu(self.project(x.flatten(1)))
 
     def forward(self, pictures: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _"]]:
-        """Logits of every attribute, in the order of `data.shapes.FIELDS`."""
-        return list(self.heads(self.features(pictures)).split(self.answers, dim=1))
+        """Logits of every attribute, in the order of the world's `FIELDS`."""
+        answers = list(self.config.answers)
+        return list(self.heads(self.features(pictures)).split(answers, dim=1))
 
 
-def reader_loss(logits: list[Tensor], facts: Int[Tensor, "b 11"]) -> ReaderLoss:
+def reader_loss(logits: list[Tensor], facts: Int[Tensor, "b fields"]) -> ReaderLoss:
     """Cross-entropy averaged over the attributes that are there (facts ≥ 0)."""
     terms = [
         F.cross_entropy(answer.float(), fact, ignore_index=-1, reduction="sum")
@@ -125,6 +134,27 @@ def read(reader: Reader, pictures: Float[Tensor, "b 3 h w"], chunk: int = 250) -
         answers[single, 7:] = -1
         facts.append(answers)
     return Reading(torch.cat(facts), torch.cat(readable))
+
+
+class EmojiReading(NamedTuple):
+    """What the emoji judge saw: the five likeliest concepts, best first, the style, and whether it
+    could read at all."""
+
+    concepts: Int[Tensor, "b 5"]
+    styles: Int[Tensor, " b"]
+    readable: Bool[Tensor, " b"]
+
+
+@torch.no_grad()
+def read_emoji(judge: Reader, pictures: Float[Tensor, "b 3 h w"], chunk: int = 250) -> EmojiReading:
+    """Read drawings. The last concept the judge knows is "unreadable"; it is never listed."""
+    parts = []
+    for part in pictures.split(chunk):
+        concept, style, _ = judge(part)
+        known = concept[:, :-1].topk(5, dim=1)
+        readable = known.values[:, 0] > concept[:, -1]
+        parts.append(EmojiReading(known.indices, style.argmax(1), readable))
+    return EmojiReading(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def facts_of(stated: Stated) -> list[tuple[int, int]]:

@@ -23,22 +23,26 @@ from t2ilearn import __version__, weights
 from t2ilearn.data import (
     CaptionedPictures,
     CaptionTokenizer,
+    Emoji,
     Folder,
     Shapes,
     TinyShapes,
     Tokenizer,
     WordTokenizer,
 )
+from t2ilearn.data.captions import BACKGROUNDS
+from t2ilearn.data.emoji_files import STYLES
 from t2ilearn.drawing import PRIORS, load_vqvae
 from t2ilearn.evaluation import (
     blur,
+    evaluate_emoji_judge,
     evaluate_likelihood,
     evaluate_prior,
     evaluate_reader,
     evaluate_vqvae,
 )
 from t2ilearn.prior import Prior, PriorConfig, drop_captions, prior_loss, sample
-from t2ilearn.reader import UNREADABLE, Reader, ReaderConfig, junk, reader_loss
+from t2ilearn.reader import Reader, ReaderConfig, junk, reader_loss
 from t2ilearn.training import TrainConfig, TrainResult, train
 from t2ilearn.vqvae import VQVAE, VQVAEConfig, vqvae_loss
 
@@ -47,7 +51,7 @@ from t2ilearn.vqvae import VQVAE, VQVAEConfig, vqvae_loss
 class Recipe:
     """What one run needs: a world, the sizes of the model, the length of the training."""
 
-    world: CaptionedPictures
+    world: Callable[[], CaptionedPictures]  # made when a run begins: some read archives
     model: Any
     train: TrainConfig
     split: str = "train"
@@ -57,36 +61,44 @@ WORDS = WordTokenizer()
 _TINY_VQVAE = VQVAEConfig(resolution=32, channels=(32, 64), blocks=1, codes=256, code_dim=16)
 _BOOK_VQVAE = VQVAEConfig(resolution=64, channels=(32, 64, 160), blocks=1, codes=1024, code_dim=32)
 
+CONCEPTS = 1324  # in the emoji archives; a test holds the two together
+_EMOJI_JUDGE = ReaderConfig(
+    channels=(32, 64, 88), features=128, answers=(CONCEPTS + 1, len(STYLES), len(BACKGROUNDS))
+)  # the last concept: "unreadable"
+
 RECIPES: dict[tuple[str, str], Recipe] = {
     ("judge", "book"): Recipe(
-        Shapes(), ReaderConfig(), TrainConfig(4000, 128, 2e-3, 0.02, ema_decay=0.998), "all"
+        Shapes, ReaderConfig(), TrainConfig(4000, 128, 2e-3, 0.02, ema_decay=0.998), "all"
     ),
     ("reader", "book"): Recipe(
-        Shapes(), ReaderConfig(), TrainConfig(1200, 128, 2e-3, 0.02, ema_decay=0.995, seed=1)
+        Shapes, ReaderConfig(), TrainConfig(1200, 128, 2e-3, 0.02, ema_decay=0.995, seed=1)
+    ),
+    ("emoji-judge", "book"): Recipe(
+        Emoji, _EMOJI_JUDGE, TrainConfig(4500, 128, 2e-3, 0.02, ema_decay=0.998), "all"
     ),
     ("vqvae", "tiny"): Recipe(
-        TinyShapes(), _TINY_VQVAE, TrainConfig(6000, 16, 2e-3, gradient_clip=0.2, ema_decay=0.995)
+        TinyShapes, _TINY_VQVAE, TrainConfig(6000, 16, 2e-3, gradient_clip=0.2, ema_decay=0.995)
     ),
     ("vqvae", "book"): Recipe(
-        Shapes(), _BOOK_VQVAE, TrainConfig(24_000, 16, 1e-3, gradient_clip=0.2, ema_decay=0.999)
+        Shapes, _BOOK_VQVAE, TrainConfig(24_000, 16, 1e-3, gradient_clip=0.2, ema_decay=0.999)
     ),
     ("prior", "tiny"): Recipe(
-        TinyShapes(),
+        TinyShapes,
         PriorConfig(codes=256, width=96, depth=3, heads=3, vocabulary=WORDS.vocabulary),
         TrainConfig(5000, 32, 2e-3, ema_decay=0.998),
     ),
     ("prior", "book"): Recipe(
-        Shapes(),
+        Shapes,
         PriorConfig(codes=1024, width=192, depth=5, heads=6, vocabulary=WORDS.vocabulary),
         TrainConfig(16_500, 32, 1.5e-3, 0.03, ema_decay=0.999),
     ),
     ("pixelcnn", "tiny"): Recipe(
-        TinyShapes(),
+        TinyShapes,
         PriorConfig(codes=256, width=40, depth=4, heads=2, vocabulary=WORDS.vocabulary),
         TrainConfig(6000, 32, 2e-3, ema_decay=0.998),
     ),
     ("pixelcnn", "book"): Recipe(
-        Shapes(),
+        Shapes,
         PriorConfig(codes=1024, width=96, depth=5, heads=3, vocabulary=WORDS.vocabulary),
         TrainConfig(4000, 96, 1e-3, 0.02, ema_decay=0.998),
     ),
@@ -103,6 +115,7 @@ DROP_CAPTIONS = 0.1  # the share of a prior's captions that say nothing, so that
 # What weights must reach to be called good; a card says where they do not.
 BARS: dict[tuple[str, str], dict[str, float]] = {
     ("judge", "book"): {"real": 0.995},
+    ("emoji-judge", "book"): {"concept, real": 0.98, "style, real": 0.995},
     ("vqvae", "book"): {
         "PSNR, dB": 32.0,
         "codebook usage": 0.9,
@@ -128,6 +141,7 @@ class Job:
     """One run of a recipe: where it goes, and how it is run."""
 
     recipe: Recipe
+    world: CaptionedPictures
     system: str
     preset: str
     runs: Path
@@ -137,8 +151,8 @@ class Job:
     @property
     def name(self) -> str:
         """The name of its weights; readers come in one size only."""
-        readers = ("judge", "reader")
-        return self.system if self.system in readers else f"{self.system}-{self.preset}"
+        one_size = isinstance(self.recipe.model, ReaderConfig)
+        return self.system if one_size else f"{self.system}-{self.preset}"
 
     def train(
         self, model: nn.Module, make_batch: Any, compute_loss: Any, **options: Any
@@ -168,7 +182,7 @@ def train_system(
     """Train one part by its recipe, measure it, and write weights and card.
 
     Args:
-        system: "judge", "reader", "vqvae", "prior" or "pixelcnn".
+        system: "judge", "reader", "emoji-judge", "vqvae", "prior" or "pixelcnn".
         preset: "tiny" or "book".
         runs: the folder for runs; an interrupted run is resumed from there. By default "runs", or
             "runs/NAME" for a data folder of that name.
@@ -191,20 +205,21 @@ def train_system(
     recipe = RECIPES[system, preset]
     if steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+    world = recipe.world()
     tokenizer: Tokenizer = WORDS
     if data is not None:
-        recipe, tokenizer = with_own_pictures(recipe, Path(data))
+        recipe, world, tokenizer = with_own_pictures(recipe, world.resolution, Path(data))
     if runs is None:
         runs = "runs" if data is None else Path("runs", Path(data).resolve().name)
     how = {"precision": precision, "progress": progress}
-    job = Job(recipe, system, preset, Path(runs), tokenizer, how)
+    job = Job(recipe, world, system, preset, Path(runs), tokenizer, how)
     run, evaluate = _SYSTEMS[system]
     result = run(job)
     card: dict[str, Any] = {
         "system": system,
         "preset": preset,
         "config": asdict(recipe.model),
-        "data": {"world": recipe.world.name, "split": recipe.split, "seed": recipe.train.seed},
+        "data": {"world": world.name, "split": recipe.split, "seed": recipe.train.seed},
         "train": asdict(recipe.train),
         "steps": result.steps_done,
         "minutes": round(result.seconds / 60, 1),
@@ -227,8 +242,10 @@ def train_system(
     return weights.save(path.parent, job.name, stored.state, card)
 
 
-def with_own_pictures(recipe: Recipe, folder: Path) -> tuple[Recipe, Tokenizer]:
-    """A recipe for pictures of your own, and the tokenizer learned from their captions.
+def with_own_pictures(
+    recipe: Recipe, resolution: int, folder: Path
+) -> tuple[Recipe, Folder, CaptionTokenizer]:
+    """A recipe for pictures of your own, these, and the tokenizer learned from their captions.
 
     Raises:
         FolderError: if the folder is not in order.
@@ -236,13 +253,13 @@ def with_own_pictures(recipe: Recipe, folder: Path) -> tuple[Recipe, Tokenizer]:
     """
     if isinstance(recipe.model, ReaderConfig):
         raise ValueError("Readers learn the shapes world alone: own pictures state no attributes.")
-    world = Folder(folder, recipe.world.resolution, FOLDER_SHIFT)
+    world = Folder(folder, resolution, FOLDER_SHIFT)
     tokenizer = CaptionTokenizer.train(world.captions).fitted(world.captions + world.test_captions)
     model = recipe.model
     if isinstance(model, PriorConfig):
         sizes = {"vocabulary": tokenizer.vocabulary, "text_length": tokenizer.length}
         model = replace(model, **sizes)
-    return replace(recipe, world=world, model=model), tokenizer
+    return replace(recipe, model=model), world, tokenizer
 
 
 def _command(
@@ -281,14 +298,15 @@ def degrade(
 
 
 def _train_reader(job: Job) -> TrainResult:
-    world, recipe = job.recipe.world, job.recipe
+    world, recipe = job.world, job.recipe
     size, spoiled = recipe.train.batch_size, recipe.train.batch_size // 12
+    unreadable = recipe.model.answers[0] - 1  # the first field's last answer
 
     def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         scenes = world.scenes(size, recipe.split, generator=generator)
         pictures = degrade(world.pictures(scenes, generator), generator)
         pictures[:spoiled] = junk(pictures, generator)[:spoiled]
-        scenes[:spoiled], scenes[:spoiled, 0] = -1, UNREADABLE
+        scenes[:spoiled], scenes[:spoiled, 0] = -1, unreadable
         return pictures, scenes
 
     def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
@@ -300,15 +318,18 @@ def _train_reader(job: Job) -> TrainResult:
 
 
 def _evaluate_reader(job: Job, reader: nn.Module) -> dict[str, Any]:
-    assert isinstance(reader, Reader) and isinstance(job.recipe.world, Shapes)
-    return evaluate_reader(reader, job.recipe.world)
+    assert isinstance(reader, Reader)
+    if isinstance(job.world, Emoji):
+        return evaluate_emoji_judge(reader, job.world)
+    assert isinstance(job.world, Shapes)
+    return evaluate_reader(reader, job.world)
 
 
 # --- VQ-VAE ------------------------------------------------------------------------------------
 
 
 def _train_vqvae(job: Job) -> TrainResult:
-    world, recipe = job.recipe.world, job.recipe
+    world, recipe = job.world, job.recipe
     steps, warm_up = recipe.train.steps, min(WARM_UP, recipe.train.steps // 4)
     torch.manual_seed(recipe.train.seed)
     model = VQVAE(recipe.model)
@@ -344,7 +365,7 @@ def _train_vqvae(job: Job) -> TrainResult:
 
 def _evaluate_vqvae(job: Job, model: nn.Module) -> dict[str, Any]:
     assert isinstance(model, VQVAE)
-    return evaluate_vqvae(model, job.recipe.world)
+    return evaluate_vqvae(model, job.world)
 
 
 # --- priors over its codes ---------------------------------------------------------------------
@@ -362,7 +383,7 @@ def encode_world(
 
 
 def _train_prior(job: Job) -> TrainResult:
-    world, recipe, vqvae = job.recipe.world, job.recipe, job.vqvae()[0]
+    world, recipe, vqvae = job.world, job.recipe, job.vqvae()[0]
     size, words = recipe.train.batch_size, job.tokenizer
     scenes, codes = encode_world(vqvae, world, CODES_PER_WORLD[world.name], recipe.train.seed)
 
@@ -389,7 +410,7 @@ def _train_prior(job: Job) -> TrainResult:
 
 def _evaluate_prior(job: Job, prior: nn.Module) -> dict[str, Any]:
     vqvae, sha256 = job.vqvae()
-    world = job.recipe.world
+    world = job.world
     assert isinstance(prior, Prior)
     if isinstance(world, Shapes):
         metrics = evaluate_prior(vqvae, prior, world)
@@ -401,6 +422,7 @@ def _evaluate_prior(job: Job, prior: nn.Module) -> dict[str, Any]:
 _SYSTEMS: dict[str, tuple[Callable[[Job], TrainResult], Callable[[Job, nn.Module], dict]]] = {
     "judge": (_train_reader, _evaluate_reader),
     "reader": (_train_reader, _evaluate_reader),
+    "emoji-judge": (_train_reader, _evaluate_reader),
     "vqvae": (_train_vqvae, _evaluate_vqvae),
     "prior": (_train_prior, _evaluate_prior),
     "pixelcnn": (_train_prior, _evaluate_prior),

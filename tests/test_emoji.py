@@ -152,7 +152,7 @@ def test_it_is_a_world_like_the_others(world, generator):
     assert isinstance(world, CaptionedPictures) and world.test_sets[0] == "seen"
     scenes = world.scenes(3, generator=generator)
     drawn = [
-        draw(scenes, torch.Generator().manual_seed(2)) for draw in (world.pictures, world.render)
+        draw(scenes, torch.Generator().manual_seed(2)) for draw in (world.pictures, world.pictures)
     ]
     assert torch.equal(*drawn)
 
@@ -242,7 +242,7 @@ def test_every_picture_shows_on_every_background_it_is_drawn_on(world):
     scenes = torch.cat([world.pairs[row], ground[:, None]], 1)
     for part in scenes.split(2000):
         bare = GROUNDS[part[:, 2]].div(127.5).sub(1)[..., None, None]
-        changed = (world.render(part, generator) - bare).abs().amax(1) > 0.25
+        changed = (world.pictures(part, generator) - bare).abs().amax(1) > 0.25
         share = changed.float().mean((1, 2))
         assert share.min() > 0.01, world.state(part[int(share.argmin())].tolist())
 
@@ -251,14 +251,14 @@ def test_ink_is_white_on_black_and_black_elsewhere(world, generator):
     ink = world.pairs[world.pairs[:, 1] == STYLES.index("ink")][::20]
     for ground, name in enumerate(BACKGROUNDS):
         scenes = torch.cat([ink, torch.full((len(ink), 1), ground)], 1)
-        pictures = world.render(scenes, generator)
+        pictures = world.pictures(scenes, generator)
         extreme = pictures.amax((1, 2, 3)) if name == "black" else -pictures.amin((1, 2, 3))
         assert (extreme > 0.9).all(), name
 
 
 def test_backgrounds_are_those_of_the_shapes_world(world, generator):
     scenes = world.scenes(300, generator=generator)
-    pictures = world.render(scenes, generator)
+    pictures = world.pictures(scenes, generator)
     ground = GROUNDS[scenes[:, 2]].div(127.5).sub(1)[..., None, None]
     at_ground = ((pictures - ground).abs().amax(1) < 1e-3).float().mean((1, 2))
     assert (at_ground > 0.02).float().mean() > 0.95
@@ -268,7 +268,7 @@ def test_augmentation_moves_and_scales_but_never_cuts(world):
     """The same scene lands elsewhere each time, with all of its ink inside the picture."""
     concept = world.concepts.index("dodo")
     scenes = torch.tensor([[concept, STYLES.index("flat"), BACKGROUNDS.index("white")]] * 64)
-    pictures = world.render(scenes, torch.Generator().manual_seed(3))
+    pictures = world.pictures(scenes, torch.Generator().manual_seed(3))
     assert (pictures[1:] - pictures[:1]).abs().mean((1, 2, 3)).min() > 0.005
     bare = GROUNDS[0, 0] / 127.5 - 1
     mass = (bare - pictures).clamp(min=0).sum((1, 2, 3))
@@ -496,7 +496,7 @@ def test_wrong_arguments(world, generator):
         Emoji(8)
     missing = world.concepts.index("dodo"), STYLES.index("ink"), 0
     with pytest.raises(ValueError, match="no ink drawing of 'dodo'"):
-        world.render(torch.tensor([missing]), generator)
+        world.pictures(torch.tensor([missing]), generator)
 
 
 def test_facts_are_frozen():

@@ -15,6 +15,7 @@ from t2ilearn.reader import (
     junk,
     matches,
     read,
+    read_emoji,
     reader_loss,
     score,
 )
@@ -57,6 +58,22 @@ def test_absent_attributes_carry_no_loss(generator):
     assert all(a.grad is None or not a.grad.any() for a in logits[1:])
 
 
+def test_the_emoji_judge_lists_five_concepts_and_never_unreadable(generator):
+    config = ReaderConfig(32, (16, 16), 32, answers=(9, 5, 4))
+    judge, pictures = Reader(config).eval(), torch.randn(7, 3, 32, 32, generator=generator)
+    with torch.no_grad():
+        concept, style, ground = judge(pictures)
+    assert concept.shape == (7, 9) and style.shape == (7, 5) and ground.shape == (7, 4)
+    reading = read_emoji(judge, pictures, chunk=3)
+    order = concept[:, :8].argsort(dim=1, descending=True)
+    assert torch.equal(reading.concepts, order[:, :5])
+    assert torch.equal(reading.styles, style.argmax(1))
+    assert torch.equal(reading.readable, concept.argmax(1) != 8)
+    judge.heads.bias.data[8] = 100.0
+    blind = read_emoji(judge, pictures)
+    assert not blind.readable.any() and (blind.concepts < 8).all()
+
+
 def test_unreadable_pictures_count_as_wrong(generator):
     """A reader that calls everything unreadable aligns nothing, whatever else it says."""
     scenes = Shapes().scenes(6, generator=generator)
@@ -66,7 +83,7 @@ def test_unreadable_pictures_count_as_wrong(generator):
         def forward(self, pictures):
             perfect = [
                 torch.nn.functional.one_hot(scenes[:, c].clamp(min=0), n).float()
-                for c, n in enumerate(self.answers)
+                for c, n in enumerate(self.config.answers)
             ]
             perfect[0][:, UNREADABLE] = 2.0 if self.blind else 0.0
             return perfect

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from t2ilearn import evaluation, recipes, weights
-from t2ilearn.data import Shapes, TinyShapes
+from t2ilearn.data import Emoji, Shapes, TinyShapes
 from t2ilearn.drawing import load_prior, load_vqvae
 from t2ilearn.prior import PixelCNN, TransformerPrior
 from t2ilearn.reader import Reader, ReaderConfig
@@ -49,9 +49,10 @@ def test_each_system_has_both_presets_within_their_budgets(system):
     assert sizes["tiny"] < 0.5e6 and sizes["tiny"] < sizes["book"] <= most[system]
 
 
-def test_nothing_but_the_judge_trains_on_held_out_pairs():
+def test_nothing_but_judges_trains_on_held_out_pairs():
     assert {key for key, recipe in RECIPES.items() if recipe.split != "train"} == {
-        ("judge", "book")
+        ("judge", "book"),
+        ("emoji-judge", "book"),
     }
 
 
@@ -127,6 +128,25 @@ def test_readers_train_on_spoiled_pictures_and_junk(tmp_path, quick, monkeypatch
     card = weights.load(train_system("reader", "book", tmp_path, **QUIET)).card
     assert card["data"]["split"] == "train"
     assert {"real", "jpeg 50", "floor (captions shuffled)"} <= set(card["metrics"])
+
+
+def test_the_emoji_judge_learns_all_drawings_junk_included(tmp_path, monkeypatch):
+    assert len(Emoji().concepts) == recipes.CONCEPTS
+    recipe, seen = RECIPES["emoji-judge", "book"], []
+    assert recipe.model.answers == (recipes.CONCEPTS + 1, 5, 4)
+    assert sum(p.numel() for p in Reader(recipe.model).parameters()) <= 0.8e6
+    small = recipes.replace(recipe.model, channels=(16, 16), features=32)
+    small = recipes.replace(recipe, model=small, train=recipes.replace(recipe.train, steps=2))
+    monkeypatch.setitem(RECIPES, ("emoji-judge", "book"), small)
+    loss = recipes.reader_loss
+    monkeypatch.setattr(recipes, "reader_loss", lambda a, b: seen.append(b) or loss(a, b))
+    card = weights.load(train_system("emoji-judge", "book", tmp_path, **QUIET)).card
+    assert card["data"] == {"world": "emoji", "split": "all", "seed": 0}
+    assert {"concept, real", "style, real", "concept, jpeg 50"} <= set(card["metrics"])
+    assert not card["bars"]["concept, real"]["met"]
+    junk, real = seen[0][:10], seen[0][10:]
+    assert (junk[:, 0] == recipes.CONCEPTS).all() and (junk[:, 1:] == -1).all()
+    assert (real[:, 0] < recipes.CONCEPTS).all() and (real >= 0).all()
 
 
 def test_cards_say_which_bars_are_missed():

@@ -182,7 +182,12 @@ class Emoji:
         choices = self._scenes[split]
         return choices[torch.randint(len(choices), (n,), generator=generator)]
 
-    def render(
+    def each_once(self, generator: torch.Generator) -> Int[Tensor, "p 3"]:
+        """A scene of every drawing, each on one of the backgrounds where it can be seen."""
+        ground = torch.multinomial(self.visible.float(), 1, generator=generator)
+        return torch.cat([self.pairs, ground], 1)
+
+    def pictures(
         self, scenes: Int[Tensor, "n 3"], generator: torch.Generator
     ) -> Float[Tensor, "n 3 {self.resolution} {self.resolution}"]:
         """Draw scenes as pictures in [−1, 1]. Place and size vary a little by `generator`.
@@ -196,12 +201,6 @@ class Emoji:
             return torch.zeros(0, 3, self.resolution, self.resolution)
         parts = zip(scenes.split(64), rows.split(64), shake.split(64), strict=True)
         return torch.cat([self._lay(*part) for part in parts])  # 64 pictures fit a cache
-
-    def pictures(
-        self, scenes: Int[Tensor, "n 3"], generator: torch.Generator
-    ) -> Float[Tensor, "n 3 {self.resolution} {self.resolution}"]:
-        """`render`, under the name that every world has for it."""
-        return self.render(scenes, generator)
 
     def _lay(self, scenes: Tensor, rows: Tensor, shake: Tensor) -> Tensor:
         """Move and scale drawings, and lay them over their backgrounds."""
