@@ -284,3 +284,18 @@ def test_unknown_split_and_test_set(generator):
         Shapes().test_set("full")
     with pytest.raises(ValueError, match="at least 16"):
         Shapes(8)
+
+
+def test_training_captions_keep_to_reading_order_more_often_than_test_captions():
+    """In training one pair of four is described from the lower or right object, in tests one of
+    two: else nothing short of reading order and relation together tells who stands where."""
+    world, generator = Shapes(), torch.Generator().manual_seed(0)
+    scenes = world.scenes(4000, generator=generator)
+
+    def swapped(captions):
+        stated = [parse(caption).relation for caption in captions]
+        pairs = [relation for relation in stated if relation]
+        return sum(relation in ("below", "right of") for relation in pairs) / len(pairs)
+
+    assert swapped(world.mixed_captions(scenes, generator)) == pytest.approx(0.25, abs=0.03)
+    assert swapped(world.test_scenes("test-full")[1]) == pytest.approx(0.5, abs=0.04)

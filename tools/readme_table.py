@@ -40,6 +40,13 @@ def rewrite(readme: str) -> str:
 SHOWN = {
     "judge": ("real", "jpeg 50", "floor (captions shuffled)"),
     "reader": ("real", "jpeg 50", "floor (captions shuffled)"),
+    "emoji-judge": (
+        "concept, real",
+        "concept in the first five, real",
+        "style, real",
+        "concept, jpeg 50",
+        "concept, floor (drawings shuffled)",
+    ),
     "vqvae": ("PSNR, dB", "codebook usage", "judge on reconstructions", "judge on real pictures"),
     "prior": tuple(
         f"{name}, {manner}"

@@ -325,17 +325,25 @@ class Shapes:
         return torch.cat(kept)[:n]
 
     def captions(
-        self, scenes: Int[Tensor, "n 11"], *, said: float, generator: torch.Generator
+        self,
+        scenes: Int[Tensor, "n 11"],
+        *,
+        said: float,
+        generator: torch.Generator,
+        reading_order: bool = False,
     ) -> list[str]:
         """A caption for each scene.
 
         Args:
             said: probability of saying each attribute that may be left unsaid (all but shape
                 and relation); 1 says everything.
+            reading_order: describe three of four pairs from the upper or left object, as people
+                do, instead of one of two.
         """
         n = len(scenes)
         keep = (torch.rand(n, 7, generator=generator) < said).tolist()
-        swap = torch.randint(2, (n,), generator=generator).bool().tolist()
+        roll = torch.randint(4, (n,), generator=generator)
+        swap = (roll == 1 if reading_order else roll % 2 == 1).tolist()
         template = torch.randint(words.TEMPLATES, (n,), generator=generator).tolist()
         rows = zip(scenes.tolist(), swap, keep, template, strict=True)
         return [words.describe(state(scene, s, k), t) for scene, s, k, t in rows]
@@ -354,9 +362,17 @@ class Shapes:
         return render(scenes, self.resolution, generator)
 
     def mixed_captions(self, scenes: Int[Tensor, "n 11"], generator: torch.Generator) -> list[str]:
-        """Captions as in training: every second one says everything."""
-        full = self.captions(scenes[0::2], said=1.0, generator=generator)
-        partial = self.captions(scenes[1::2], said=0.5, generator=generator)
+        """Captions as in training: every second one says everything, and three of four describe a
+        pair in reading order.
+
+        With one of two, which object is named first would say nothing of where it stands, and
+        neither would the relation alone: only the two together do. No small step towards learning
+        both at once pays, so a prior stays where it deals the attributes to the objects by lot.
+        """
+        full, partial = (
+            self.captions(part, said=said, generator=generator, reading_order=True)
+            for part, said in ((scenes[0::2], 1.0), (scenes[1::2], 0.5))
+        )
         mixed = [""] * len(scenes)
         mixed[0::2], mixed[1::2] = full, partial
         return mixed
