@@ -92,7 +92,9 @@ def terminal_picture(drawing: "Drawing", width: int = 100) -> str:
 
 @app.command()
 def train(
-    system: Annotated[str, typer.Argument(help="reader, judge, vqvae, prior or pixelcnn.")],
+    system: Annotated[
+        str, typer.Argument(help="judge, reader, emoji-judge, vqvae, prior or pixelcnn.")
+    ],
     preset: Annotated[str, typer.Option(help="tiny (a laptop) or book (a GPU).")] = "tiny",
     data: Annotated[
         Path | None, typer.Option(help="Your own pictures: a folder with a captions.csv.")

@@ -8,6 +8,7 @@ function of the system. Every run writes its weights and its card into `RUNS/SYS
 what the card says was measured on the weights as they come back from that file.
 """
 
+import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +44,7 @@ from t2ilearn.evaluation import (
 )
 from t2ilearn.prior import Prior, PriorConfig, drop_captions, prior_loss, sample
 from t2ilearn.reader import Reader, ReaderConfig, junk, reader_loss
-from t2ilearn.training import TrainConfig, TrainResult, train
+from t2ilearn.training import TrainConfig, TrainingError, TrainResult, train
 from t2ilearn.vqvae import VQVAE, VQVAEConfig, vqvae_loss
 
 
@@ -161,6 +162,30 @@ class Job:
         config, run_dir = self.recipe.train, self.runs / self.name
         return train(model, make_batch, compute_loss, config, run_dir, **options, **self.how)
 
+    def claim(self) -> None:
+        """Note in the run's folder what it learns from: pictures of your own, a VQ-VAE's codes.
+
+        Raises:
+            TrainingError: if a run is there already that learned from something else. To go on
+                would mix the two, and the card would tell of one.
+        """
+        learns_from = {"world": self.world.name}
+        if isinstance(self.world, Folder):
+            learns_from["pictures and captions"] = self.world.fingerprint()
+        if isinstance(self.recipe.model, PriorConfig):
+            learns_from["vqvae"] = self.vqvae()[1]
+        path = self.runs / self.name / "learns_from.json"
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name in learns_from if before.get(name) != learns_from[name]]
+            if changed:
+                raise TrainingError(
+                    f"{path.parent} holds a run that learned from something else "
+                    f"({', '.join(changed)}). Remove that folder, or name another with --runs."
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights.write_atomically(path, json.dumps(learns_from).encode("utf-8"))
+
     def vqvae(self) -> tuple[VQVAE, str]:
         """The VQ-VAE whose codes a prior learns, and its SHA-256: this folder's, or the shipped."""
         name = f"vqvae-{self.preset}"
@@ -198,6 +223,7 @@ def train_system(
     Raises:
         ValueError: for an unknown system or preset, or a system that cannot learn from a folder.
         FolderError: if the folder of pictures is not in order.
+        TrainingError: if the run's folder holds a run that learned from other data.
     """
     if (system, preset) not in RECIPES:
         known = ", ".join(f"{s} {p}" for s, p in RECIPES)
@@ -214,6 +240,7 @@ def train_system(
     how = {"precision": precision, "progress": progress}
     job = Job(recipe, world, system, preset, Path(runs), tokenizer, how)
     run, evaluate = _SYSTEMS[system]
+    job.claim()
     result = run(job)
     card: dict[str, Any] = {
         "system": system,

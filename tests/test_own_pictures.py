@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from t2ilearn import recipes, weights
 from t2ilearn.data import CaptionError, CaptionTokenizer, FolderError, Shapes
 from t2ilearn.drawing import draw, load_system, load_tokenizer, redraw
 from t2ilearn.recipes import RECIPES, train_system
+from t2ilearn.training import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,27 @@ def test_runs_go_to_a_folder_of_their_own(own, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = train_system("vqvae", "tiny", data=own, steps=2, progress=False)
     assert path.parent.parent.resolve() == tmp_path / "runs" / "zoo"
+
+
+def test_a_run_goes_on_only_with_what_it_began_with(own, tmp_path):
+    """New pictures, or a new VQ-VAE, under an old checkpoint would be mixed in silence."""
+    zoo = tmp_path / "zoo"
+    shutil.copytree(own, zoo)
+    train_system("vqvae", "tiny", tmp_path / "runs", data=zoo, steps=2, progress=False)
+    train_system("vqvae", "tiny", tmp_path / "runs", data=zoo, steps=2, progress=False)
+    with open(zoo / "captions.csv", "a", encoding="utf-8") as file:
+        file.write("0.png,one more caption\n")
+    with pytest.raises(TrainingError, match="learned from something else .pictures and captions"):
+        train_system("vqvae", "tiny", tmp_path / "runs", data=zoo, steps=2, progress=False)
+
+
+def test_a_prior_is_not_resumed_over_another_vqvae(runs, own, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    path = tmp_path / "runs" / "prior-tiny" / "learns_from.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**facts, "vqvae": "0" * 64}), encoding="utf-8")
+    with pytest.raises(TrainingError, match="something else .vqvae"):
+        train_system("prior", "tiny", tmp_path / "runs", data=own, steps=8, progress=False)
 
 
 def test_a_folder_out_of_order_and_readers_are_refused(own, tmp_path):

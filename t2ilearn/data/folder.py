@@ -20,6 +20,7 @@ Colour profiles are not applied: every picture is taken for sRGB.
 import csv
 import hashlib
 import io
+import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
@@ -119,6 +120,12 @@ class Folder:
             for split in SPLITS
         )
         self._files = len(files)
+        self._digests = list(seen)
+
+    def fingerprint(self) -> str:
+        """A SHA-256 that changes with any picture or caption, and with nothing else."""
+        pairs = sorted(zip((d.hex() for d in self._digests), self._captions, strict=True))
+        return hashlib.sha256(json.dumps(pairs).encode("utf-8")).hexdigest()
 
     def __repr__(self) -> str:
         train, test = (len(self._splits[split]) for split in SPLITS)
