@@ -166,7 +166,7 @@ class Job:
         """Note in the run's folder what it learns from: pictures of your own, a VQ-VAE's codes.
 
         Raises:
-            TrainingError: if a run is there already that learned from something else. To go on
+            t2ilearn.flight.TrainingError: if a run is there already that learned from something else. To go on
                 would mix the two, and the card would tell of one.
         """
         learns_from = {"world": self.world.name}
@@ -223,7 +223,7 @@ def train_system(
     Raises:
         ValueError: for an unknown system or preset, or a system that cannot learn from a folder.
         FolderError: if the folder of pictures is not in order.
-        TrainingError: if the run's folder holds a run that learned from other data.
+        t2ilearn.flight.TrainingError: if the run's folder holds a run that learned from other data.
     """
     if (system, preset) not in RECIPES:
         known = ", ".join(f"{s} {p}" for s, p in RECIPES)
