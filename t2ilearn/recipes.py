@@ -166,8 +166,8 @@ class Job:
         """Note in the run's folder what it learns from: pictures of your own, a VQ-VAE's codes.
 
         Raises:
-            t2ilearn.flight.TrainingError: if a run is there already that learned from something else. To go on
-                would mix the two, and the card would tell of one.
+            t2ilearn.flight.TrainingError: if a run is there already that learned from something
+                else. To go on would mix the two, and the card would tell of one.
         """
         learns_from = {"world": self.world.name}
         if isinstance(self.world, Folder):
