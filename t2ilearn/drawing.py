@@ -22,10 +22,13 @@ from torch import Tensor
 
 from t2ilearn import __version__, weights
 from t2ilearn.data.bpe import CaptionTokenizer
-from t2ilearn.data.captions import WordTokenizer, parse
+from t2ilearn.data.captions import Stated, WordTokenizer
+from t2ilearn.data.emoji_captions import StatedEmoji
+from t2ilearn.data.grammar import GRAMMARS, read_caption
 from t2ilearn.data.interface import Tokenizer
-from t2ilearn.prior import PixelCNN, Prior, PriorConfig, TransformerPrior, sample
-from t2ilearn.reader import Reader, ReaderConfig, aligned, score
+from t2ilearn.data.together import worlds_in
+from t2ilearn.prior import PixelCNN, Prior, PriorConfig, TransformerPrior, caption_gain, sample
+from t2ilearn.reader import Reader, ReaderConfig, aligned, aligned_emoji, score
 from t2ilearn.vqvae import VQVAE, VQVAEConfig
 
 SYSTEMS = {
@@ -35,7 +38,6 @@ SYSTEMS = {
 PRIORS: dict[str, type[Prior]] = {"prior": TransformerPrior, "pixelcnn": PixelCNN}
 # How `draw` samples unless told otherwise: the caption insisted on, the unlikeliest codes left out.
 GUIDANCE_SCALE, TOP_P = 2.0, 0.9
-JUDGED = ("shapes", "tiny-shapes")  # worlds that the readers know
 METADATA_KEY = "t2ilearn"
 MAX_COUNT = 64
 
@@ -43,14 +45,15 @@ MAX_COUNT = 64
 class System(NamedTuple):
     """A VQ-VAE, the prior over its codes, how captions reach it, and an id of all weights.
 
-    `judged` says whether our readers can read what it draws: they know the shapes world.
+    `worlds` are those of our own that it learned, whose captions and pictures can be read; there
+    are none where it learned pictures of your own.
     """
 
     vqvae: VQVAE
     prior: Prior
     tokenizer: Tokenizer
     weights_id: str
-    judged: bool
+    worlds: tuple[str, ...]
 
 
 def _config(kind: type, values: dict) -> Any:
@@ -76,7 +79,7 @@ def load_prior(name: str | Path) -> Prior:
 
 @lru_cache(maxsize=4)
 def load_reader(name: str = "reader") -> Reader:
-    """The training reader ("reader") or the judge ("judge"), in evaluation mode."""
+    """The training reader ("reader") or a judge ("judge", "emoji-judge"), in evaluation mode."""
     stored = weights.load(name)
     model = Reader(_config(ReaderConfig, stored.card["config"]))
     weights.load_into(model, stored)
@@ -92,7 +95,7 @@ def load_tokenizer(prior: str | Path) -> Tokenizer:
     stated = weights.load(prior).card.get("tokenizer")
     if stated is None:
         return WordTokenizer()
-    path = Path(prior).with_name(stated["file"])
+    path = weights.find(prior).with_name(stated["file"])
     try:
         tokenizer = CaptionTokenizer.load(path, stated["length"])
     except ValueError as error:
@@ -146,7 +149,7 @@ def load_system(name: str = "vqvae") -> System:
         load_prior(second),
         load_tokenizer(second),
         "-".join(card["sha256"][:8] for card in cards),
-        cards[0]["data"]["world"] in JUDGED,
+        tuple(world for world in worlds_in(cards[1]["data"]["world"]) if world in GRAMMARS),
     )
 
 
@@ -166,8 +169,8 @@ class Request:
     def check(self) -> None:
         """Raise `CaptionError` or `ValueError` if this cannot be drawn."""
         find_parts(self.system)
-        if self.system in SYSTEMS:  # where own pictures were learned, any caption can be asked for
-            parse(self.caption)
+        if worlds := load_system(self.system).worlds:
+            read_caption(self.caption, worlds)  # of your own pictures any caption can be asked for
         if not 1 <= self.count * self.best_of <= MAX_COUNT or self.count < 1:
             raise ValueError(
                 f"count × best-of must be 1 … {MAX_COUNT}, not {self.count} × {self.best_of}."
@@ -267,13 +270,15 @@ def draw(
     """Draw pictures for a caption.
 
     Args:
-        caption: a sentence of the shapes world, e.g. "a small red star above a blue ring"; any
-            caption, if the system learned pictures of your own.
+        caption: a sentence of a world that the system learned, e.g. "a small red star above a blue
+            ring" or "a dodo, outline, on a sky background"; any caption, if it learned pictures of
+            your own.
         system: which model draws: one of `SYSTEMS`, or the folder of a prior you trained.
         seed: the same seed, system and weights give the same pictures on the same machine.
         count: how many pictures.
         guidance_scale: 1 follows the caption as learned, more insists, 0 ignores it.
-        best_of: draw this many for each picture kept; the training reader chooses.
+        best_of: draw this many for each picture kept. The training reader chooses among shapes;
+            of what it cannot read, the prior keeps those that the caption explains best.
         temperature, top_p: sharpen or truncate the distribution over codes.
 
     Raises:
@@ -284,13 +289,13 @@ def draw(
     request = Request(caption, system, seed, count, guidance_scale, best_of, temperature, top_p)
     request.check()
     loaded = load_system(system)
-    if best_of > 1 and not loaded.judged:
-        raise ValueError("best-of needs a reader of what is drawn, and there is none for these.")
+    stated = read_caption(caption, loaded.worlds) if loaded.worlds else None
     n = count * best_of
     generator = torch.Generator().manual_seed(seed)
+    ids = loaded.tokenizer.encode([caption]).expand(n, -1)
     codes = sample(
         loaded.prior,
-        loaded.tokenizer.encode([caption]).expand(n, -1),
+        ids,
         temperature=temperature,
         top_p=top_p,
         guidance_scale=guidance_scale,
@@ -298,13 +303,25 @@ def draw(
     )
     pictures = loaded.vqvae.decode_tokens(codes).clamp(-1, 1)
     if best_of > 1:
-        scores = score(load_reader("reader"), pictures, [caption] * n).view(count, best_of)
+        if isinstance(stated, Stated):
+            scores = score(load_reader("reader"), pictures, [caption] * n)
+        else:
+            scores = caption_gain(loaded.prior, codes, ids)
         pictures = pictures.view(count, best_of, *pictures.shape[1:])
-        pictures = pictures[torch.arange(count), scores.argmax(1)]
-    right: list[bool] = []
-    if loaded.judged:
-        right = aligned(load_reader("judge"), pictures, [caption] * count).tolist()
-    return Drawing(pictures, request, loaded.weights_id, right)
+        pictures = pictures[torch.arange(count), scores.view(count, best_of).argmax(1)]
+    return Drawing(pictures, request, loaded.weights_id, _read_by_judge(pictures, caption, stated))
+
+
+def _read_by_judge(
+    pictures: Float[Tensor, "n 3 h w"], caption: str, stated: Stated | StatedEmoji | None
+) -> list[bool]:
+    """Which pictures show what the caption states; nothing where no judge can read them."""
+    if isinstance(stated, Stated):
+        return aligned(load_reader("judge"), pictures, [caption] * len(pictures)).tolist()
+    if isinstance(stated, StatedEmoji):
+        judge = load_reader("emoji-judge")
+        return aligned_emoji(judge, pictures, [stated] * len(pictures)).tolist()
+    return []
 
 
 def redraw(path: str | Path) -> Drawing:

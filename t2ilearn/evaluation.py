@@ -3,6 +3,9 @@
 Every share of pictures comes with the half-width of its 95 % interval, every distance with a
 bootstrap interval. The *ceiling* is what the judge says of real pictures, the *floor* of pictures
 under other pictures' captions, or of real pictures against other real ones.
+
+Where a model learned several worlds together, its card has the figures of each; those of emoji
+begin with "emoji".
 """
 
 import math
@@ -14,7 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from t2ilearn.data import CaptionedPictures, Emoji, Shapes, Tokenizer, encode
+from t2ilearn.data import CaptionedPictures, Emoji, Shapes, Together, Tokenizer, parse
+from t2ilearn.data.shapes import FIELDS
 from t2ilearn.drawing import GUIDANCE_SCALE, TOP_P, load_reader
 from t2ilearn.metrics import (
     Interval,
@@ -27,7 +31,7 @@ from t2ilearn.metrics import (
     psnr,
 )
 from t2ilearn.prior import Prior, sample
-from t2ilearn.reader import Reader, aligned, junk, read, read_emoji
+from t2ilearn.reader import Reader, aligned, facts_of, junk, read, read_emoji
 from t2ilearn.tokens import null_caption
 from t2ilearn.vqvae import VQVAE
 
@@ -99,37 +103,62 @@ def evaluate_emoji_judge(judge: Reader, world: Emoji, seed: int = 5000) -> dict[
     pictures = world.pictures(scenes, generator)
     metrics: dict[str, Any] = {}
     for name, version in damaged(pictures).items():
-        reading = read_emoji(judge, version)
-        found = reading.concepts == scenes[:, :1]  # (n, 5)
-        metrics[f"concept, {name}"] = share(found[:, 0])
-        metrics[f"concept in the first five, {name}"] = share(found.any(1))
-        metrics[f"style, {name}"] = share(reading.styles == scenes[:, 1])
+        found = _shown(judge, version, scenes)
+        metrics |= {f"{what}, {name}": share(right) for what, right in found.items()}
         if name == "real":
-            other = reading.concepts[:, 0].roll(1) == scenes[:, 0]
-            metrics["concept, floor (drawings shuffled)"] = share(other)
+            other = _shown(judge, version, scenes.roll(1, dims=0))
+            metrics["concept, floor (drawings shuffled)"] = share(other["concept"])
     readable = read_emoji(judge, junk(pictures, generator)).readable
     return metrics | {"junk called readable": share(readable)}
 
 
+def _shown(
+    judge: Reader, pictures: Float[Tensor, "n 3 h w"], scenes: Int[Tensor, "n 3"]
+) -> dict[str, Bool[Tensor, " n"]]:
+    """Which pictures show, to the emoji judge, the concept and the style of their scenes."""
+    reading = read_emoji(judge, pictures)
+    found = (reading.concepts == scenes[:, :1]) & reading.readable[:, None]  # (n, 5)
+    return {
+        "concept": found[:, 0],
+        "concept in the first five": found.any(1),
+        "style": (reading.styles == scenes[:, 1]) & reading.readable,
+    }
+
+
+def _worlds(world: CaptionedPictures) -> tuple[CaptionedPictures, ...]:
+    return world.worlds if isinstance(world, Together) else (world,)
+
+
 @torch.no_grad()
 def evaluate_vqvae(model: VQVAE, world: CaptionedPictures, n: int = 2000) -> dict[str, Any]:
-    """PSNR, codebook usage and perplexity over test pictures, and what the judge still reads where
-    there is one."""
+    """Codebook usage and perplexity over test pictures of all worlds; for each world PSNR, and
+    what the judge still reads where there is one."""
     generator = torch.Generator().manual_seed(0)
-    scenes = world.scenes(TEST_PICTURES, "test", generator=generator)
-    codes = torch.cat([model.tokens(world.pictures(s, generator)) for s in scenes.split(CHUNK)])
-    real = world.test_set(world.test_sets[0], n)
-    back = _reconstructed(model, real.pictures)
-    quality = bootstrap(lambda x: x.mean().item(), psnr(back, real.pictures), generator=generator)
-    metrics = {
-        "PSNR, dB": rounded(quality, 2),
+    pictures = world.test_set(world.test_sets[0], TEST_PICTURES).pictures
+    codes = torch.cat([model.tokens(part) for part in pictures.split(CHUNK)])
+    metrics: dict[str, Any] = {
         "codebook usage": round(codebook_usage(codes, model.config.codes), 4),
         "perplexity": round(perplexity(codes, model.config.codes), 1),
     }
+    for each in _worlds(world):
+        if isinstance(each, Emoji):
+            metrics |= _emoji_copies(model, each, n)
+        else:
+            metrics |= _copies(model, each, n, generator)
+    return metrics
+
+
+def _copies(
+    model: VQVAE, world: CaptionedPictures, n: int, generator: torch.Generator
+) -> dict[str, Any]:
+    """PSNR on a world's first test set; of shapes also what the judge reads, and distances."""
+    real = world.test_set(world.test_sets[0], n)
+    back = _reconstructed(model, real.pictures)
+    metrics: dict[str, Any] = {"PSNR, dB": _mean_psnr(back, real.pictures, generator)}
     if not isinstance(world, Shapes):
         return metrics
     judge = load_reader("judge")
-    other = world.pictures(scenes[:n], generator)
+    other = world.sample(n, "test", generator=generator).pictures
     floor = _distances(judge, real.pictures, other, generator)
     return {
         **metrics,
@@ -138,6 +167,26 @@ def evaluate_vqvae(model: VQVAE, world: CaptionedPictures, n: int = 2000) -> dic
         **_distances(judge, real.pictures, back, generator),
         **{f"{what}, floor (real)": v for what, v in floor.items()},
     }
+
+
+def _emoji_copies(model: VQVAE, world: Emoji, n: int) -> dict[str, Any]:
+    """PSNR and the emoji judge on reconstructions, of pairs seen in training and of held-out ones,
+    beside real pictures."""
+    judge, generator = load_reader("emoji-judge"), torch.Generator().manual_seed(0)
+    metrics: dict[str, Any] = {}
+    for name in world.test_sets:
+        scenes, real = world.test_scenes(name, n)[0], world.test_set(name, n).pictures
+        back = _reconstructed(model, real)
+        metrics[f"emoji, PSNR, dB, {name}"] = _mean_psnr(back, real, generator)
+        for kind, pictures in (("reconstructions", back), ("real pictures", real)):
+            for what, right in _shown(judge, pictures, scenes).items():
+                metrics[f"emoji, {what} on {kind}, {name}"] = share(right)
+    return metrics
+
+
+def _mean_psnr(copies: Tensor, real: Tensor, generator: torch.Generator) -> dict[str, float]:
+    each = psnr(copies, real)
+    return rounded(bootstrap(lambda x: x.mean().item(), each, generator=generator), 2)
 
 
 def _reconstructed(model: VQVAE, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
@@ -152,10 +201,27 @@ MANNERS: dict[str, dict[str, float]] = {
 
 
 @torch.no_grad()
-def evaluate_prior(vqvae: VQVAE, prior: Prior, world: Shapes, n: int = 2000) -> dict[str, Any]:
-    """Caption alignment on the three test sets, sampled as learned and as `draw` does, and how far
-    the drawings are from real pictures, beside reconstructions (ceiling) and other real pictures
-    (floor)."""
+def evaluate_prior(
+    vqvae: VQVAE, prior: Prior, world: CaptionedPictures, tokenizer: Tokenizer, n: int = 2000
+) -> dict[str, Any]:
+    """What is drawn, sampled as learned and as `draw` does, by the judges of the worlds; where no
+    judge reads a world, likelihoods."""
+    metrics: dict[str, Any] = {}
+    for each in _worlds(world):
+        if isinstance(each, Shapes):
+            metrics |= _shapes_drawn(vqvae, prior, each, tokenizer, n)
+        elif isinstance(each, Emoji):
+            metrics |= _emoji_drawn(vqvae, prior, each, tokenizer, n)
+        else:
+            metrics |= evaluate_likelihood(vqvae, prior, each, tokenizer, n)
+    return metrics
+
+
+def _shapes_drawn(
+    vqvae: VQVAE, prior: Prior, world: Shapes, tokenizer: Tokenizer, n: int
+) -> dict[str, Any]:
+    """Caption alignment on the three test sets, and how far the drawings are from real pictures,
+    beside reconstructions (ceiling) and other real pictures (floor)."""
     judge, generator = load_reader("judge"), torch.Generator().manual_seed(1)
     metrics: dict[str, Any] = {}
     real = world.test_set("test-full", n)
@@ -166,9 +232,11 @@ def evaluate_prior(vqvae: VQVAE, prior: Prior, world: Shapes, n: int = 2000) -> 
     for manner, how in MANNERS.items():
         for name in ("test-full", "test-partial", "composition"):
             captions = real.captions if name == "test-full" else world.test_scenes(name, n)[1]
-            drawn, seconds = draw_each(vqvae, prior, captions, how)
+            drawn, seconds = draw_each(vqvae, prior, tokenizer.encode(captions), how)
             metrics[f"{name}, {manner}"] = share(aligned(judge, drawn, captions))
             if name == "test-full":
+                if len(bound := binding(judge, drawn, captions)):
+                    metrics[f"binding, {manner}"] = share(bound)
                 floor_share = share(aligned(judge, drawn, shuffled))
                 metrics[f"floor: captions shuffled, {manner}"] = floor_share
                 metrics[f"seconds a picture in batches, {manner}"] = round(seconds / n, 4)
@@ -177,6 +245,48 @@ def evaluate_prior(vqvae: VQVAE, prior: Prior, world: Shapes, n: int = 2000) -> 
     other = world.sample(n, "test", generator=generator).pictures
     floor = _distances(judge, real.pictures, other, generator)
     return metrics | {f"{what}, floor (real)": v for what, v in floor.items()}
+
+
+def binding(
+    reader: Reader, pictures: Float[Tensor, "n 3 h w"], captions: list[str]
+) -> Bool[Tensor, " m"]:
+    """Who got what: one answer for each pair of colours, or of shapes, that a caption gives to its
+    two objects and that the picture shows. True: each is where it belongs; False: exchanged.
+
+    A model that deals attributes by lot gets half of them right, however sharp it draws.
+    """
+    answers = []
+    for seen, caption in zip(read(reader, pictures).facts.tolist(), captions, strict=True):
+        said = dict(facts_of(parse(caption)))  # column of FIELDS → value
+        for name in ("colour", "shape"):
+            columns = [FIELDS.index(f"{name}_{slot}") for slot in (1, 2)]
+            wanted = [said.get(column) for column in columns]
+            found = [seen[column] for column in columns]
+            if wanted[0] != wanted[1] and found in (wanted, wanted[::-1]):
+                answers.append(found == wanted)
+    return torch.tensor(answers, dtype=torch.bool)
+
+
+@torch.no_grad()
+def _emoji_drawn(
+    vqvae: VQVAE, prior: Prior, world: Emoji, tokenizer: Tokenizer, n: int
+) -> dict[str, Any]:
+    """Concept and style of what is drawn for pairs of the two that training held, and for pairs
+    held out, beside reconstructions (ceiling) and other captions' drawings (floor)."""
+    judge = load_reader("emoji-judge")
+    metrics: dict[str, Any] = {}
+    for name in world.test_sets:
+        scenes, captions = world.test_scenes(name, n)
+        back = _reconstructed(vqvae, world.test_set(name, n).pictures)
+        for what, right in _shown(judge, back, scenes).items():
+            metrics[f"emoji, ceiling: {what} on reconstructions, {name}"] = share(right)
+        for manner, how in MANNERS.items():
+            drawn, _ = draw_each(vqvae, prior, tokenizer.encode(captions), how)
+            for what, right in _shown(judge, drawn, scenes).items():
+                metrics[f"emoji, {what}, {name}, {manner}"] = share(right)
+            other = _shown(judge, drawn, scenes.roll(1, dims=0))["concept in the first five"]
+            metrics[f"emoji, floor: captions shuffled, {name}, {manner}"] = share(other)
+    return metrics
 
 
 @torch.no_grad()
@@ -205,12 +315,12 @@ def evaluate_likelihood(
 
 
 def draw_each(
-    vqvae: VQVAE, prior: Prior, captions: list[str], how: dict[str, float]
+    vqvae: VQVAE, prior: Prior, captions: Int[Tensor, "n t"], how: dict[str, float]
 ) -> tuple[Float[Tensor, "n 3 h w"], float]:
-    """One drawing a caption, sampled by `how`, and the seconds that all took."""
+    """One drawing for each caption's ids, sampled by `how`, and the seconds that all took."""
     generator, began = torch.Generator().manual_seed(0), time.perf_counter()
     parts: list[Tensor] = []
-    for ids in encode(captions).split(CHUNK):
+    for ids in captions.split(CHUNK):
         codes: Int[Tensor, "b n"] = sample(prior, ids, generator=generator, **how)
         parts.append(vqvae.decode_tokens(codes).clamp(-1, 1))
     return torch.cat(parts), time.perf_counter() - began

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from t2ilearn.data import captions as words
 from t2ilearn.data.captions import Stated, parse
+from t2ilearn.data.emoji_captions import StatedEmoji, concept_numbers
+from t2ilearn.data.emoji_files import STYLES
 from t2ilearn.data.shapes import CHOICES, FIELDS
 from t2ilearn.layers import ResidualBlock
 
@@ -137,11 +139,12 @@ def read(reader: Reader, pictures: Float[Tensor, "b 3 h w"], chunk: int = 250) -
 
 
 class EmojiReading(NamedTuple):
-    """What the emoji judge saw: the five likeliest concepts, best first, the style, and whether it
-    could read at all."""
+    """What the emoji judge saw: the five likeliest concepts, best first, the style, the background,
+    and whether it could read at all."""
 
     concepts: Int[Tensor, "b 5"]
     styles: Int[Tensor, " b"]
+    backgrounds: Int[Tensor, " b"]
     readable: Bool[Tensor, " b"]
 
 
@@ -150,10 +153,11 @@ def read_emoji(judge: Reader, pictures: Float[Tensor, "b 3 h w"], chunk: int = 2
     """Read drawings. The last concept the judge knows is "unreadable"; it is never listed."""
     parts = []
     for part in pictures.split(chunk):
-        concept, style, _ = judge(part)
+        concept, style, background = judge(part)
         known = concept[:, :-1].topk(5, dim=1)
         readable = known.values[:, 0] > concept[:, -1]
-        parts.append(EmojiReading(known.indices, style.argmax(1), readable))
+        answers = (known.indices, style.argmax(1), background.argmax(1), readable)
+        parts.append(EmojiReading(*answers))
     return EmojiReading(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -192,6 +196,35 @@ def aligned(
     reading = read(reader, pictures)
     rows = zip(reading.facts.tolist(), reading.readable.tolist(), captions, strict=True)
     return torch.tensor([ok and matches(facts, parse(c)) for facts, ok, c in rows])
+
+
+def aligned_emoji(
+    judge: Reader, pictures: Float[Tensor, "b 3 h w"], stated: Sequence[StatedEmoji]
+) -> Bool[Tensor, " b"]:
+    """For each picture: is it readable, is the concept among the judge's first five, and are the
+    style and the background right where they are said?
+
+    Raises:
+        ValueError: if there are not as many captions as pictures.
+    """
+    if len(pictures) != len(stated):
+        raise ValueError(f"{len(pictures)} pictures but {len(stated)} captions.")
+    numbers = concept_numbers()
+    seen = read_emoji(judge, pictures)
+    wanted = torch.tensor(
+        [
+            [
+                numbers[each.concept],
+                -1 if each.style is None else STYLES.index(each.style),
+                -1 if each.background is None else words.BACKGROUNDS.index(each.background),
+            ]
+            for each in stated
+        ]
+    )
+    right = seen.readable & (seen.concepts == wanted[:, :1]).any(1)
+    for read_as, said in ((seen.styles, wanted[:, 1]), (seen.backgrounds, wanted[:, 2])):
+        right &= (said < 0) | (read_as == said)
+    return right
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def load(name_or_path: str | Path) -> Weights:
         WeightsError: if the name is unknown (the nearest ones are listed), the file is a pickle,
             truncated or no safetensors file, or the card is missing or tells of another file.
     """
-    path = _find(name_or_path)
+    path = find(name_or_path)
     data = _read(path)
     _check_layout(path, data)
     card = _read_card(path.with_suffix(".json"))
@@ -182,8 +182,12 @@ def _stored(tensor: Tensor, half: bool) -> Tensor:
     return small if small.isfinite().all() else tensor
 
 
-def _find(name_or_path: str | Path) -> Path:
-    """The path of a name or path; `WeightsError` with suggestions if there is nothing."""
+def find(name_or_path: str | Path) -> Path:
+    """The .safetensors file of weights that ship, by their name, or of others, by their path.
+
+    Raises:
+        WeightsError: if there is no such file; the nearest names are listed.
+    """
     text = str(name_or_path)
     path = Path(name_or_path)
     is_path = isinstance(name_or_path, Path) or path.name != text or path.suffix != ""

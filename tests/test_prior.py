@@ -12,6 +12,7 @@ from t2ilearn.prior import (
     PixelCNN,
     PriorConfig,
     TransformerPrior,
+    caption_gain,
     check_sampling,
     choose,
     drop_captions,
@@ -503,6 +504,19 @@ def test_drawing_one_by_one_is_drawing_from_the_whole(kind):
     frequency = torch.bincount(number, minlength=16) / n
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
     assert (p - 1 / 16).abs().max() > 0.02  # the model has preferences
+
+
+@BOTH
+def test_a_caption_gains_what_its_loss_saves(kind, codes, caption):
+    model = small(kind)
+    gain = caption_gain(model, codes, caption)
+    for row in range(3):
+        q, c = codes[row : row + 1], caption[row : row + 1]
+        losses = [prior_loss(model(q, words), q).total for words in (null_caption(1, WORDS), c)]
+        saved = N * (losses[0] - losses[1]).item()
+        assert gain[row].item() == pytest.approx(saved, abs=1e-4) and abs(saved) > 0.01
+    nothing = null_caption(3, WORDS)
+    assert torch.equal(caption_gain(model, codes, nothing), torch.zeros(3, dtype=gain.dtype))
 
 
 @BOTH

@@ -6,12 +6,14 @@ import torch
 from t2ilearn.data import Shapes, TinyShapes
 from t2ilearn.data import shapes as world
 from t2ilearn.data.captions import parse
+from t2ilearn.data.emoji_captions import StatedEmoji, concept_numbers
 from t2ilearn.drawing import load_reader
 from t2ilearn.reader import (
     UNREADABLE,
     Reader,
     ReaderConfig,
     aligned,
+    aligned_emoji,
     junk,
     matches,
     read,
@@ -68,10 +70,43 @@ def test_the_emoji_judge_lists_five_concepts_and_never_unreadable(generator):
     order = concept[:, :8].argsort(dim=1, descending=True)
     assert torch.equal(reading.concepts, order[:, :5])
     assert torch.equal(reading.styles, style.argmax(1))
+    assert torch.equal(reading.backgrounds, ground.argmax(1))
     assert torch.equal(reading.readable, concept.argmax(1) != 8)
     judge.heads.bias.data[8] = 100.0
     blind = read_emoji(judge, pictures)
     assert not blind.readable.any() and (blind.concepts < 8).all()
+
+
+def test_emoji_are_judged_by_what_is_said():
+    """A judge that always sees an ink dodo on white, with four other concepts behind the dodo."""
+    numbers = concept_numbers()
+    dodo, fox, owl = (numbers[name] for name in ("dodo", "fox", "owl"))
+
+    class Sees(Reader):
+        def forward(self, pictures):
+            n = len(pictures)
+            concept, style, ground = torch.zeros(n, 1325), torch.zeros(n, 5), torch.zeros(n, 4)
+            concept[:, dodo], concept[:, fox] = 5.0, 4.0
+            concept[:, [i for i in range(5) if i not in (dodo, fox, owl)][:3]] = 3.0
+            concept[:, -1] = 9.0 if self.blind else 0.0
+            style[:, 4], ground[:, 0] = 1.0, 1.0
+            return [concept, style, ground]
+
+    judge = Sees(SMALL)
+    judge.blind = False
+    rows = {
+        StatedEmoji("dodo"): True,
+        StatedEmoji("fox", "ink", "white"): True,  # in the first five
+        StatedEmoji("owl", "ink", "white"): False,
+        StatedEmoji("dodo", "flat"): False,
+        StatedEmoji("dodo", "ink", "black"): False,
+    }
+    pictures = torch.zeros(len(rows), 3, 32, 32)
+    assert aligned_emoji(judge, pictures, list(rows)).tolist() == list(rows.values())
+    judge.blind = True
+    assert not aligned_emoji(judge, pictures, list(rows)).any()
+    with pytest.raises(ValueError, match="5 pictures but 1"):
+        aligned_emoji(judge, pictures, [StatedEmoji("dodo")])
 
 
 def test_unreadable_pictures_count_as_wrong(generator):

@@ -24,8 +24,8 @@ STOP = "<!-- end of results -->"
 def cards() -> dict[str, dict]:
     """Each shipped card by the name of its weights."""
     return {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(ASSETS.glob("*.json"))
+        path.stem: json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        for path in sorted(ASSETS.glob("*.safetensors"))
     }
 
 

@@ -8,6 +8,7 @@ from t2ilearn.data.emoji_files import EmojiError
 from t2ilearn.data.folder import Folder, FolderError
 from t2ilearn.data.interface import CaptionedPictures, PictureBatch, Tokenizer
 from t2ilearn.data.shapes import Shapes, TinyShapes
+from t2ilearn.data.together import Together
 
 __all__ = [
     "CaptionError",
@@ -20,6 +21,7 @@ __all__ = [
     "PictureBatch",
     "Shapes",
     "TinyShapes",
+    "Together",
     "Tokenizer",
     "WordTokenizer",
     "encode",

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from t2ilearn.data.captions import CaptionError
 from t2ilearn.tokens import END, PAD
-from t2ilearn.weights import write_atomically
+from t2ilearn.weights import ASSETS, write_atomically
 
+SHARED = ASSETS / "tokenizer.json"  # learned from the captions of both worlds
+SHARED_LENGTH = 28  # the longest caption of either grammar has 24 tokens, and END
 SPECIAL = ("<pad>", "<end>", "<null>")  # in the order of `tokens`: 0, 1, 2
 SMALLEST = len(SPECIAL) + 256  # the bytes and nothing merged
 
@@ -122,6 +124,11 @@ class CaptionTokenizer:
             raise ValueError(f"There is no tokenizer {path}.") from None
         except Exception as error:  # the library raises bare Exception for a damaged file
             raise ValueError(f"{path} is not a tokenizer of ours: {error}") from None
+
+    @classmethod
+    def shared(cls) -> "CaptionTokenizer":
+        """The one that ships, learned from the captions of both worlds."""
+        return cls.load(SHARED, SHARED_LENGTH)
 
     def encode(self, captions: Sequence[str]) -> Int[Tensor, "b t"]:
         """Token ids of captions, each ended by END and padded with PAD.

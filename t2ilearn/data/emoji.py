@@ -87,6 +87,7 @@ class Emoji:
     Args:
         resolution: height and width in pixels, 16 … 128; the drawings themselves have 64.
         directory: where the index and the archives are; by default those that ship.
+        smallest: scale of the smallest picture, in (0, 1]; 1 leaves every drawing where it is.
 
     Attributes:
         concepts: names, by concept number.
@@ -96,16 +97,20 @@ class Emoji:
 
     Raises:
         EmojiError: if the index or an archive is missing or damaged.
-        ValueError: for another resolution.
+        ValueError: for another resolution or scale.
     """
 
     name = "emoji"
     test_sets: tuple[str, ...] = TEST_SETS
 
-    def __init__(self, resolution: int = 64, directory: Path | None = None) -> None:
+    def __init__(
+        self, resolution: int = 64, directory: Path | None = None, smallest: float = SMALLEST
+    ) -> None:
         if not 16 <= resolution <= 128:
             raise ValueError(f"Emoji are drawn at 16 to 128 pixels a side, not {resolution}.")
-        self.resolution = resolution
+        if not 0 < smallest <= 1:
+            raise ValueError(f"The smallest scale must be above 0 and at most 1, not {smallest}.")
+        self.resolution, self.smallest = resolution, smallest
         directory = directory or ASSETS
         index = read_index(directory)
         self.concepts: tuple[str, ...] = tuple(index["concepts"])
@@ -205,7 +210,7 @@ class Emoji:
     def _lay(self, scenes: Tensor, rows: Tensor, shake: Tensor) -> Tensor:
         """Move and scale drawings, and lay them over their backgrounds."""
         drawings = _inked(self._drawings[rows].float(), scenes[:, 1], scenes[:, 2])
-        scale = SMALLEST + (1 - SMALLEST) * shake[:, 0]
+        scale = self.smallest + (1 - self.smallest) * shake[:, 0]
         shift = (2 * shake[:, 1:] - 1) * (1 - scale)[:, None]  # as far as the border allows
         # From output to input, in units of half the picture: x ↦ (x − shift) / scale.
         theta = torch.zeros(len(rows), 2, 3)

@@ -43,6 +43,12 @@ def _names() -> dict[str, str]:
 
 
 @functools.cache
+def concept_numbers() -> dict[str, int]:
+    """Each concept's number: the first column of an emoji scene."""
+    return {name: number for number, name in enumerate(read_index()["concepts"])}
+
+
+@functools.cache
 def vocabulary() -> tuple[str, ...]:
     """Every word that a caption of this world may hold, in alphabetical order."""
     glue = "a an the on background in style drawing picture of".split()

@@ -33,10 +33,10 @@ def main() -> None:
     captions = world.captions(
         world.scenes(N, "train", generator=generator), said=1.0, generator=generator
     )
-    rows = []
+    ids, rows = loaded.tokenizer.encode(captions), []
     for scale, top_p in product(SCALES, TOP_PS):
         how = {"guidance_scale": scale, "top_p": top_p}
-        pictures, _ = draw_each(loaded.vqvae, loaded.prior, captions, how)
+        pictures, _ = draw_each(loaded.vqvae, loaded.prior, ids, how)
         found = share(aligned(judge, pictures, captions))
         rows.append({**how, "alignment": found["value"], "half_width": found["half_width"]})
         print(f"guidance {scale:3}  top-p {top_p:4}  alignment {found['value']:6.1%}", flush=True)

@@ -1,0 +1,163 @@
+"""Worlds side by side: whose scene, whose picture, whose caption."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2ilearn.data import (
+    CaptionedPictures,
+    CaptionError,
+    CaptionTokenizer,
+    Emoji,
+    Shapes,
+    TinyShapes,
+    Together,
+    captions,
+)
+from t2ilearn.data.bpe import SHARED, SHARED_LENGTH
+from t2ilearn.data.captions import Stated
+from t2ilearn.data.emoji_captions import TEMPLATES, StatedEmoji, describe_emoji
+from t2ilearn.data.grammar import read_caption
+from t2ilearn.data.together import worlds_in
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def both():
+    return Together((Shapes(), Emoji()))
+
+
+def test_it_is_a_world(both):
+    assert isinstance(both, CaptionedPictures)
+    assert both.name == "shapes + emoji" and worlds_in(both.name) == ("shapes", "emoji")
+    assert worlds_in("folder") == ("folder",)
+
+
+@pytest.mark.parametrize("turns, shares", [(None, (6, 6)), ((0, 1, 1), (4, 8)), ((1, 0), (6, 6))])
+def test_the_worlds_take_turns(turns, shares):
+    world = Together((Shapes(), Emoji()), turns)
+    scenes = world.scenes(12, generator=seeded())
+    cycle = list(turns or (0, 1))
+    assert scenes[:, 0].tolist() == cycle * (12 // len(cycle))
+    assert tuple((scenes[:, 0] == k).sum() for k in (0, 1)) == shares
+    assert (scenes[scenes[:, 0] == 1][:, 4:] == -1).all()
+
+
+def test_each_scene_goes_to_its_own_world(both):
+    scenes = both.scenes(9, generator=seeded(1))
+    shapes, emoji = both.worlds
+    found, generator = both.pictures(scenes, seeded(2)), seeded(2)
+    assert torch.equal(found[0::2], shapes.pictures(scenes[0::2, 1:], generator))
+    assert torch.equal(found[1::2], emoji.pictures(scenes[1::2, 1:4], generator))
+    said = both.mixed_captions(scenes, seeded(3))
+    for row, caption in enumerate(said):
+        assert isinstance(read_caption(caption, [both.worlds[row % 2].name]), object)
+    rest = both.pictures(scenes[1::2], seeded(2))  # of one world alone
+    assert torch.equal(rest, emoji.pictures(scenes[1::2, 1:4], seeded(2)))
+
+
+def test_samples_and_captions_belong_together(both):
+    batch = both.sample(6, generator=seeded(4))
+    assert batch.pictures.shape == (6, 3, 64, 64) and batch.pictures.abs().max() <= 1
+    assert all(isinstance(read_caption(c, ["shapes"]), Stated) for c in batch.captions[0::2])
+    assert all(isinstance(read_caption(c, ["emoji"]), StatedEmoji) for c in batch.captions[1::2])
+
+
+def test_test_sets_are_the_worlds_own_and_one_mixed(both):
+    assert both.test_sets[0] == "mixed"
+    assert {"shapes: test-full", "shapes: composition", "emoji: held-out"} < set(both.test_sets)
+    own = Emoji().test_set("held-out", 3)
+    there = both.test_set("emoji: held-out", 3)
+    assert torch.equal(own.pictures, there.pictures) and own.captions == there.captions
+    mixed = both.test_set("mixed", 5)
+    assert torch.equal(mixed.pictures[0::2], Shapes().test_set("test-full", 3).pictures)
+    assert mixed.captions[1::2] == Emoji().test_set("seen", 2).captions
+    with pytest.raises(ValueError, match="Unknown test set"):
+        both.test_set("test-full")
+
+
+def test_bad_worlds_and_scenes_are_refused(both):
+    with pytest.raises(ValueError, match="none at all"):
+        Together(())
+    with pytest.raises(ValueError, match="one resolution"):
+        Together((Shapes(), TinyShapes()))
+    with pytest.raises(ValueError, match="a name each"):
+        Together((Shapes(), Shapes()))
+    with pytest.raises(ValueError, match="needs its turns"):
+        Together((Shapes(), Emoji()), (0, 0))
+    with pytest.raises(ValueError, match="number of a world"):
+        both.pictures(torch.full((2, 12), 7), seeded())
+
+
+# --- captions of either world -------------------------------------------------------------------
+
+
+def test_a_caption_is_read_in_its_own_world():
+    assert read_caption("a small red star").objects[0].colour == "red"
+    dodo = read_caption("a dodo, outline, on a sky background")
+    assert dodo == StatedEmoji("dodo", "outline", "sky")
+    assert isinstance(read_caption("a star"), Stated)  # either world could read it
+    assert read_caption("a star, glossy") == StatedEmoji("star", "glossy")
+    assert isinstance(read_caption("a star", ["emoji"]), StatedEmoji)
+
+
+@pytest.mark.parametrize(
+    "caption, message",
+    [
+        ("a dodp, outline", "Nearest known: dodo"),
+        ("a gloomy fox", "fox"),
+        ("a fox, cubist", "Unknown style 'cubist'"),
+        ("a red small star", "size"),  # words of shapes alone: their grammar speaks
+        ("", "empty"),
+    ],
+)
+def test_errors_come_from_the_world_whose_words_they_are(caption, message):
+    with pytest.raises(CaptionError, match=message):
+        read_caption(caption)
+
+
+def test_a_world_that_was_not_learned_is_not_offered():
+    with pytest.raises(CaptionError, match="Unknown word 'dodo'"):
+        read_caption("a dodo", ["tiny-shapes"])
+    with pytest.raises(ValueError, match="No grammar for photos"):
+        read_caption("a dodo", ["photos"])
+    with pytest.raises(ValueError, match="at least one world"):
+        read_caption("a dodo", [])
+
+
+# --- one tokenizer for both ---------------------------------------------------------------------
+
+
+def test_the_shared_tokenizer_is_what_the_tool_learns():
+    from build_tokenizer import learn
+
+    shipped = json.loads(SHARED.read_text(encoding="utf-8"))["model"]
+    learned = json.loads(learn()._bpe.to_str())["model"]
+    assert shipped["merges"] == learned["merges"] and shipped["vocab"] == learned["vocab"]
+
+
+def test_every_caption_of_both_grammars_fits():
+    tokenizer = CaptionTokenizer.shared()
+    assert tokenizer.vocabulary == 1024 and tokenizer.length == SHARED_LENGTH
+    longest = [
+        describe_emoji(phrase, "outline", "black", form)
+        for phrases in Emoji().phrases
+        for phrase in phrases
+        for form in range(TEMPLATES)
+    ]
+    longest += Shapes().test_scenes("test-full", 2000)[1]
+    assert tokenizer.encode(longest).shape == (len(longest), SHARED_LENGTH)
+
+
+def test_the_words_of_shapes_stay_whole():
+    """Else an attribute would be spread over pieces that it shares with other words."""
+    tokenizer = CaptionTokenizer.shared()
+    assert [w for w in captions.VOCABULARY[3:] if len(tokenizer.pieces(w)) > 1] == []
