@@ -7,6 +7,7 @@ import pytest
 
 from t2ilearn import weights
 from t2ilearn.data import emoji_files as emoji
+from t2ilearn.data.together import worlds_in
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "book" / "licences.md").read_text(encoding="utf-8")
@@ -59,6 +60,13 @@ def test_changes_and_share_alike_are_stated():
         assert row.studio.split()[0] in slide and row.licence in slide
 
 
-def test_no_weights_learned_from_emoji_as_long_as_the_page_says_so():
-    worlds = {weights.load(name).card["data"]["world"] for name in weights.available()}
-    assert ("emoji" not in worlds) == ("no weights that learned from them ship" in PAGE)
+def test_the_page_lists_all_weights_that_learned_from_emoji():
+    learned = {
+        name
+        for name in weights.available()
+        if "emoji" in worlds_in(weights.load(name).card["data"]["world"])
+    }
+    listed = re.search(r"emoji of the five studios below, too:\n(.*?)\.", PAGE, re.DOTALL)[1]
+    assert set(re.findall(r"`([\w-]+)`", listed)) == learned
+    number = ("none", "one", "two", "three", "four", "five")[len(learned)]
+    assert f"{number} of them learned from emoji" in PAGE

@@ -2,9 +2,9 @@
 
     python tools/make_strip.py
 
-Nothing is picked by hand: seed 0, the best of sixteen drawings by the training reader, whatever
-comes out. Writes, under
-book/_static/: strip.png (six captions), pairs.webp (every colour with every shape) and pairs.html
+Nothing is picked by hand: seed 0, the best of sixteen drawings, whatever comes out. The training
+reader chooses among shapes, and the prior itself among emoji. Writes, under book/_static/:
+strip.png (emoji above, shapes below), pairs.webp (every colour with every shape) and pairs.html
 (the page part that shows one of them).
 """
 
@@ -22,6 +22,12 @@ from t2ilearn.drawing import draw
 
 STATIC = Path(__file__).resolve().parent.parent / "book" / "_static"
 CAPTIONS = (
+    "a dodo, outline, on a sky background",
+    "a fox, flat, on a white background",
+    "a volcano, glossy, on a black background",
+    "a red apple, soft, on a grey background",
+    "a guitar, ink, on a white background",
+    "an octopus, glossy, on a sky background",
     "a small red star above a large striped blue ring",
     "a large dotted green heart on a sky background",
     "a large checkered orange diamond left of a small pink circle",
@@ -30,21 +36,22 @@ CAPTIONS = (
     "a small blue heart right of a large dotted red ring",
 )
 BEST_OF = 16
+COLUMNS = 6
 SCALE, GAP, TEXT = 3, 16, 66  # enlargement, pixels between pictures, pixels for the caption
 
 
 def strip() -> Image.Image:
-    """Six drawings side by side, each over its caption."""
+    """Rows of drawings, each over its caption."""
     pictures = [draw(caption, count=1, seed=0, best_of=BEST_OF).image() for caption in CAPTIONS]
     side = pictures[0].height * SCALE
-    width = len(pictures) * (side + GAP) - GAP
-    sheet = Image.new("RGB", (width, side + TEXT), "white")
+    width, height = COLUMNS * (side + GAP) - GAP, side + TEXT
+    sheet = Image.new("RGB", (width, len(pictures) // COLUMNS * height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
     for number, (picture, caption) in enumerate(zip(pictures, CAPTIONS, strict=True)):
-        left = number * (side + GAP)
-        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, 0))
+        left, top = number % COLUMNS * (side + GAP), number // COLUMNS * height
+        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top))
         text = "\n".join(textwrap.wrap(caption, width=27))
-        pen.multiline_text((left, side + 6), text, fill=(40, 40, 40), font=font, spacing=3)
+        pen.multiline_text((left, top + side + 6), text, fill=(40, 40, 40), font=font, spacing=3)
     return sheet
 
 

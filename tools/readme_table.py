@@ -47,13 +47,33 @@ SHOWN = {
         "concept, jpeg 50",
         "concept, floor (drawings shuffled)",
     ),
-    "vqvae": ("PSNR, dB", "codebook usage", "judge on reconstructions", "judge on real pictures"),
+    "vqvae": (
+        "PSNR, dB",
+        "codebook usage",
+        "judge on reconstructions",
+        "judge on real pictures",
+        *(
+            f"emoji, {what}, {name}"
+            for name in ("seen", "held-out")
+            for what in ("PSNR, dB", "concept on reconstructions", "style on reconstructions")
+        ),
+        "emoji, concept on real pictures, held-out",
+    ),
     "prior": tuple(
         f"{name}, {manner}"
         for manner in ("as learned", "as drawn")
         for name in ("test-full", "test-partial", "composition")
     )
-    + ("ceiling: reconstructions", "floor: captions shuffled, as drawn"),
+    + ("binding, as drawn", "ceiling: reconstructions", "floor: captions shuffled, as drawn")
+    + tuple(
+        f"emoji, {what}, as drawn"
+        for name in ("seen", "held-out")
+        for what in (
+            f"concept in the first five, {name}",
+            f"style, {name}",
+            f"floor: captions shuffled, {name}",
+        )
+    ),
 }
 SHOWN["pixelcnn"] = SHOWN["prior"]
 
@@ -68,7 +88,8 @@ def table(found: dict[str, dict]) -> list[str]:
     ]
     missed = []
     for name, card in found.items():
-        shown = {what: card["metrics"][what] for what in SHOWN[card["system"]]}
+        measured = card["metrics"]
+        shown = {what: measured[what] for what in SHOWN[card["system"]] if what in measured}
         metrics = "<br>".join(f"{what}: {figure(v)}" for what, v in shown.items())
         precision = {"no": "fp32"}.get(card["precision"], card["precision"])
         trained = f"{card['device']}, {precision}, {card['minutes']:g} min"

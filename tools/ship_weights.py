@@ -5,11 +5,14 @@
 Weights are read back strictly first, and a card without metrics (a stopped run) is refused.
 """
 
+import hashlib
 import shutil
 import sys
 from pathlib import Path
 
 from t2ilearn import weights
+from t2ilearn.data.bpe import SHARED
+from t2ilearn.drawing import load_tokenizer
 from t2ilearn.flight import read_record
 
 
@@ -18,11 +21,16 @@ def ship(runs: Path, name: str) -> None:
 
     Raises:
         WeightsError: if the weights do not match their card.
-        ValueError: if the card has no metrics.
+        ValueError: if the card has no metrics, or the tokenizer is not the one that ships.
     """
     source = runs / name / f"{name}.safetensors"
-    if "metrics" not in weights.load(source).card:
+    card = weights.load(source).card
+    if "metrics" not in card:
         raise ValueError(f"{source} was not measured: let its training end.")
+    if "tokenizer" in card:
+        load_tokenizer(source)  # the run's own is sound
+        if hashlib.sha256(SHARED.read_bytes()).hexdigest() != card["tokenizer"]["sha256"]:
+            raise ValueError(f"{source} learned its captions through another tokenizer.")
     weights.ASSETS.mkdir(exist_ok=True)
     for path in (source, source.with_suffix(".json")):
         shutil.copyfile(path, weights.ASSETS / path.name)
