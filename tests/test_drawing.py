@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import t2ilearn
 from t2ilearn import cli, drawing
+from t2ilearn.data import CaptionError
 from t2ilearn.weights import WeightsError
 
 CAPTION = "a small red star on a white background"
@@ -189,3 +190,31 @@ def test_the_command_line_has_the_defaults_of_python():
 def test_every_system_draws(system):
     drawn = t2ilearn.draw("a large blue star", system=system, count=2)
     assert len(drawn.pictures) == 2 and drawn.pictures.std() > 0.05
+
+
+def test_one_system_draws_both_worlds(tmp_path):
+    """A pair of concept and style that training never held, and back from its file."""
+    caption = "a dodo, outline, on a sky background"
+    drawn = t2ilearn.draw(caption, count=2, best_of=2, seed=1)
+    assert drawn.pictures.shape == (2, 3, 64, 64) and len(drawn.aligned) == 2
+    again = drawing.redraw(drawn.save(tmp_path / "dodo.png"))
+    assert torch.equal(again.pictures, drawn.pictures)
+    with pytest.raises(CaptionError, match="Nearest known: dodo"):
+        t2ilearn.draw("a dodp, outline")
+    with pytest.raises(CaptionError, match="Unknown word 'dodo'"):
+        t2ilearn.draw(caption, system="vqvae-tiny")
+
+
+def test_best_of_emoji_asks_the_prior_and_no_judge(monkeypatch):
+    """The kept one of each three is the one whose caption gains most; the judge looks afterwards."""
+    seen = {}
+
+    def gain(prior, codes, caption):
+        seen["codes"] = codes
+        return torch.tensor([0.0, 2.0, 1.0, 5.0, 3.0, 4.0])
+
+    monkeypatch.setattr(drawing, "caption_gain", gain)
+    monkeypatch.setattr(drawing, "score", None)
+    kept = t2ilearn.draw("a fox, flat", count=2, best_of=3).pictures
+    vqvae = drawing.load_system("vqvae").vqvae
+    assert torch.equal(kept, vqvae.decode_tokens(seen["codes"]).clamp(-1, 1)[[1, 3]])
