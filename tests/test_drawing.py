@@ -206,7 +206,7 @@ def test_one_system_draws_both_worlds(tmp_path):
 
 
 def test_best_of_emoji_asks_the_prior_and_no_judge(monkeypatch):
-    """The kept one of each three is the one whose caption gains most; the judge looks afterwards."""
+    """Of each three the one whose caption gains most is kept; the judge looks afterwards."""
     seen = {}
 
     def gain(prior, codes, caption):
