@@ -1,0 +1,82 @@
+"""Budget cards: what a chapter costs its reader in minutes, and the machine in minutes and memory.
+
+Reading is a count of the words in the text at 200 a minute, code left out. Machine minutes and
+peak memory are those of one execution of the notebook, from first cell to last. Both are written
+by `tools/measure_budget.py` into `budget.json` beside this file. Minutes for exercises are the
+exercises' own estimates. What nobody has measured, a card calls "not measured".
+"""
+
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2ilearn.lessons.exercises import exercises
+
+RECORD = Path(__file__).with_name("budget.json")
+WORDS_A_MINUTE = 200
+
+
+@dataclass(frozen=True)
+class Card:
+    """The budget of a chapter.
+
+    Args:
+        chapter: its number.
+        words: in its text.
+        machine_minutes: of one execution; None if nobody has measured.
+        memory_gb: peak resident memory of the kernel in that execution, 10⁹ bytes.
+        machine: what it was executed on.
+        cells: SHA-256 of the cells' sources that were measured.
+    """
+
+    chapter: int
+    words: int
+    machine_minutes: float | None
+    memory_gb: float | None
+    machine: str | None
+    cells: str
+
+    @property
+    def reading_minutes(self) -> int:
+        """Words at 200 a minute."""
+        return round(self.words / WORDS_A_MINUTE)
+
+    @property
+    def exercise_minutes(self) -> int:
+        """The sum of the exercises' estimates."""
+        return sum(exercise.minutes for exercise in exercises(self.chapter))
+
+    def rows(self) -> dict[str, str]:
+        """What the card says, line by line."""
+        minutes, memory = self.machine_minutes, self.memory_gb
+        return {
+            "reading": f"{self.reading_minutes} min ({self.words:,} words)",
+            "exercises": f"about {self.exercise_minutes} min ({len(exercises(self.chapter))})",
+            "machine": "not measured" if minutes is None else f"{minutes:.1f} min ({self.machine})",
+            "memory": "not measured" if memory is None else f"{memory:.1f} GB at the peak",
+        }
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:10}{value}" for name, value in self.rows().items())
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        rows = (
+            f'<tr><th scope="row">{name}</th><td>{html.escape(value)}</td></tr>'
+            for name, value in self.rows().items()
+        )
+        caption = f"<caption>What chapter {self.chapter} costs</caption>"
+        return f"<table>{caption}{''.join(rows)}</table>"
+
+
+def card(chapter: int) -> Card:
+    """The recorded budget of a chapter.
+
+    Raises:
+        ValueError: if there is no record of it.
+    """
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    if str(chapter) not in record:
+        raise ValueError(f"No budget of chapter {chapter}; there are: {', '.join(record)}.")
+    return Card(chapter, **record[str(chapter)])

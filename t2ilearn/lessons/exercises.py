@@ -1,0 +1,250 @@
+"""Exercises that answer back: a stub in the notebook, a check that names the mistake, a solution.
+
+    exercise("2.3")                      # the task, with hint and solution folded away
+
+    def straight_through(z, e):
+        return None                      # the reader's lines
+
+    check("2.3", straight_through)       # "Right.", or the misconception that fits
+
+A check is a comparison. `observe` calls an answer on fixed inputs and returns what matters of it:
+values, or gradients. What it sees of the reader's answer is held against what it sees of the
+solution, and of each known slip. So a mistake is found by what it *does*, however it is written.
+
+The code of a chapter's exercises is in `chapterNN.py`, their words are in `chapterNN.toml`.
+"""
+
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Answer = Callable[..., Any]
+FOLDER = Path(__file__).parent
+
+
+class Code(NamedTuple):
+    """A solution, what to look at in an answer, wrong answers by name, and whether answers change
+    their arguments in place and return nothing."""
+
+    solution: Answer
+    observe: Callable[[Answer], Any]
+    slips: Mapping[str, Answer]
+    in_place: bool = False
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise.
+
+    Args:
+        id: chapter and number, "2.3".
+        title: a few words.
+        stars: its difficulty, 1 to 3.
+        minutes: an estimate of the time that it takes.
+        task: what to do, in Markdown.
+        hint: a nudge, in Markdown.
+        moral: what to say after "Right".
+        slips: what to say of each wrong answer in `code.slips`, by its name.
+        code: see `Code`.
+
+    Raises:
+        ValueError: if words and code do not fit together.
+    """
+
+    id: str
+    title: str
+    stars: int
+    minutes: int
+    task: str
+    hint: str
+    moral: str
+    slips: Mapping[str, str]
+    code: Code = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if self.slips.keys() != self.code.slips.keys() or self.stars not in (1, 2, 3):
+            odd = ", ".join(self.slips.keys() ^ self.code.slips.keys())
+            raise ValueError(f"Exercise {self.id}: one to three stars, and words for: {odd}.")
+
+    @property
+    def chapter(self) -> int:
+        """The chapter that it belongs to."""
+        return int(self.id.split(".")[0])
+
+    @property
+    def name(self) -> str:
+        """What the reader's function is called."""
+        return self.code.solution.__name__
+
+    @property
+    def stub(self) -> str:
+        """The cell that the reader fills in."""
+        body = "...  # your lines" if self.code.in_place else "return None  # your lines"
+        arguments = ", ".join(inspect.signature(self.code.solution).parameters)
+        call = f'check("{self.id}", {self.name})'
+        return f"def {self.name}({arguments}):\n    {body}\n\n\n{call}"
+
+    @property
+    def head(self) -> str:
+        """Number, title, difficulty, minutes."""
+        return f"Exercise {self.id}: {self.title} {'★' * self.stars} ({self.minutes} min)"
+
+    def __repr__(self) -> str:
+        return f"{self.head}\n\n{self.task}"
+
+    def _repr_markdown_(self) -> str:
+        """For notebooks: the task, and hint and solution folded away."""
+        from t2ilearn.figures import show_source  # matplotlib is slow to import
+
+        solution = show_source(self.code.solution, docstrings=False).data
+        parts = (f"**{self.head}**", self.task, _folded("Hint", self.hint))
+        return "\n\n".join((*parts, _folded("Solution", solution)))
+
+
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check has to say."""
+
+    right: bool
+    message: str
+
+
+class _Stop(Exception):
+    """The answer cannot be looked at; the message says why."""
+
+
+@dataclass
+class _Guarded:
+    """An answer, watched: it must return something, and leave its arguments as they were."""
+
+    answer: Answer
+    in_place: bool
+    said: list[Any] = field(default_factory=list)
+
+    def __call__(self, *arguments: Any) -> Any:
+        before = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
+        try:
+            result = self.answer(*arguments)
+        except Exception as error:
+            raise _Stop(f"It stops with {type(error).__name__}: {error}") from None
+        if self.in_place:
+            return result
+        if result is None or result is NotImplemented or result is ...:
+            raise _Stop("It waits: the function returns nothing yet.")
+        for old, new in zip(before, arguments, strict=True):
+            if isinstance(new, Tensor) and not _alike([old], [new.detach()]):
+                raise _Stop(
+                    "It changes its argument in place. Whoever calls it will be surprised: "
+                    "compute something new, or clone first."
+                )
+        self.said.append(result)
+        numbers = isinstance(result, list) and all(isinstance(x, int | float) for x in result)
+        return torch.tensor(result) if numbers else result
+
+
+def judge(task: Exercise, answer: Any) -> Verdict:
+    """Hold an answer against the solution and the known slips."""
+    if not callable(answer):
+        return Verdict(False, f'Give the function itself: check("{task.id}", {task.name}).')
+    code = task.code
+    want = _numbers(code.observe(code.solution))
+    watched = _Guarded(answer, code.in_place)
+    try:
+        got = _numbers(code.observe(watched))
+    except _Stop as stop:
+        return Verdict(False, str(stop))
+    except Exception:  # the answer is nothing that the observer can use
+        what = type(watched.said[-1]).__name__ if watched.said else "nothing"
+        return Verdict(False, f"What it returns ({what}) is not what the task asks for.")
+    if _alike(got, want):
+        return Verdict(True, f"Right. {task.moral}".strip())
+    for name, slip in code.slips.items():
+        if _alike(got, _numbers(code.observe(slip))):
+            return Verdict(False, task.slips[name])
+    return Verdict(False, _difference(got, want))
+
+
+def _numbers(observed: Any) -> list[Tensor]:
+    """What was observed, as tensors of float64."""
+    if isinstance(observed, list | tuple):
+        return [tensor for part in observed for tensor in _numbers(part)]
+    return [torch.as_tensor(observed).detach().double()]
+
+
+def _alike(a: list[Tensor], b: list[Tensor]) -> bool:
+    same = len(a) == len(b) and all(x.shape == y.shape for x, y in zip(a, b, strict=True))
+    return same and all(
+        torch.allclose(x, y, rtol=1e-5, atol=1e-5, equal_nan=True)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _difference(got: list[Tensor], want: list[Tensor]) -> str:
+    """Where an answer departs from the solution, where no known mistake fits."""
+    if len(got) != len(want):
+        return f"Not yet: it returns {len(got)} things, and {len(want)} are asked for."
+    for x, y in zip(got, want, strict=True):
+        if x.shape != y.shape:
+            return f"Not yet: its shape is {tuple(x.shape)}, and should be {tuple(y.shape)}."
+        if x.isnan().any() and not y.isnan().any():
+            return "Not yet: there is a NaN in it. Is 0 divided by 0, or a logarithm taken of 0?"
+        if not _alike([x], [y]):
+            at = int((x - y).abs().nan_to_num(torch.inf).argmax())
+            near, right = x.flatten()[at].item(), y.flatten()[at].item()
+            return f"Not yet: the check finds {near:.5g} where it should find {right:.5g}."
+    return "Not yet."
+
+
+def words(chapter: int) -> dict[str, Any]:
+    """The words of a chapter's lessons: its exercises and its quiz; empty if it has none."""
+    path = FOLDER / f"chapter{chapter:02d}.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+@cache
+def exercises(chapter: int) -> tuple[Exercise, ...]:
+    """The exercises of a chapter; none if there is no such chapter here."""
+    rows = words(chapter).get("exercise", ())
+    codes = import_module(f"t2ilearn.lessons.chapter{chapter:02d}").EXERCISES if rows else {}
+    return tuple(Exercise(**row, code=codes[row["id"]]) for row in rows)
+
+
+def exercise(number: str) -> Exercise:
+    """The exercise of that number, such as "2.3".
+
+    Raises:
+        ValueError: if there is none.
+    """
+    chapter = str(number).partition(".")[0]
+    known = exercises(int(chapter)) if chapter.isdecimal() else ()
+    for found in known:
+        if found.id == number:
+            return found
+    there = ", ".join(e.id for e in known) or "none in that chapter"
+    raise ValueError(f"There is no exercise {number!r}; there are: {there}.")
+
+
+def check(number: str, answer: Any) -> None:
+    """Print what is to be said of an answer.
+
+    Args:
+        number: the exercise's, such as "2.3".
+        answer: the reader's function.
+
+    Raises:
+        ValueError: if there is no such exercise.
+    """
+    task = exercise(number)
+    print(f"Exercise {task.id} {'★' * task.stars}: {judge(task, answer).message}")

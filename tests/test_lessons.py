@@ -1,0 +1,468 @@
+"""Ledger, exercises, quizzes and budgets: right answers pass, each wrong one is told why."""
+
+import json
+import math
+import re
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import measure_budget
+import nbformat
+import pytest
+import torch
+import torch.nn.functional as F
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from t2ilearn import lessons, weights
+from t2ilearn.data import TinyShapes
+from t2ilearn.lessons import budget, check, exercise, ledger, quiz
+from t2ilearn.lessons.exercises import FOLDER, Code, Exercise, exercises, judge
+from t2ilearn.lessons.quizzes import Question, show_quiz
+from t2ilearn.prior import PriorConfig, TransformerPrior, prior_loss
+from t2ilearn.vqvae import VQVAE, VectorQuantizer, VQVAEConfig, VQVAELoss, vqvae_loss
+
+CHAPTERS = (1, 2, 3)
+ALL = [task for chapter in CHAPTERS for task in exercises(chapter)]
+SLIPS = [pytest.param(task, name, id=f"{task.id}-{name}") for task in ALL for name in task.slips]
+SMALL = VQVAEConfig(
+    resolution=32, channels=(16, 32), blocks=1, codes=64, code_dim=8, quantizer="gradient"
+)
+TRUE = {"reconstruction": "encoder decoder", "codebook": "codebook", "commitment": "encoder"}
+
+
+# ---------------------------------------------------------------- the gradient ledger
+
+
+def book_of(**changes):
+    torch.manual_seed(0)
+    model = VQVAE(replace(SMALL, **changes))
+    x = TinyShapes().sample(4, generator=torch.Generator().manual_seed(0)).pictures
+    return ledger(model, vqvae_loss(x, model(x))), model, x
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_ledger_of_a_codebook_that_learns_by_gradient(cosine):
+    book, *_ = book_of(cosine=cosine)
+    assert book.terms == ("reconstruction", "codebook", "commitment")
+    assert book.parts == ("encoder", "codebook", "decoder")
+    assert {term: book.moved(term) for term in book.terms} == {
+        "reconstruction": {"encoder", "decoder"},  # the encoder by straight through
+        "codebook": {"codebook"},
+        "commitment": {"encoder"},
+    }
+    assert book.matches(TRUE).right
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_ledger_of_a_codebook_that_learns_by_moving_averages(cosine):
+    book, model, x = book_of(quantizer="ema", cosine=cosine)
+    assert book.moved("reconstruction") == {"encoder", "decoder"}
+    assert book.moved("codebook") == set() and book.moved("commitment") == {"encoder"}
+    assert all(book[term, "codebook"].free for term in book.terms)
+    assert "in the forward pass" in book.text()
+    before = model.quantizer.codebook.clone()
+    model(x)
+    assert not torch.equal(model.quantizer.codebook, before), "and so it is: no term moved it"
+
+
+def test_ledger_of_no_codebook_at_all():
+    book, *_ = book_of(quantizer="fsq", code_dim=3)
+    assert book.moved("reconstruction") == {"encoder", "decoder"}
+    assert book.moved("codebook") == book.moved("commitment") == set()
+
+
+def test_norms_are_those_of_the_gradients():
+    book, model, x = book_of()
+    loss = vqvae_loss(x, model(x))
+    gradients = torch.autograd.grad(loss.codebook, [*model.quantizer.parameters()])
+    assert math.isclose(book["codebook", "codebook"].norm, gradients[0].norm(), rel_tol=1e-5)
+    assert book["codebook", "encoder"].norm == 0
+    assert f"{gradients[0].norm():.2g}" in book.text(norms=True)
+
+
+def test_beta_on_the_wrong_term_shows_in_the_norms_alone():
+    _, model, x = book_of()
+    out = model(x)
+
+    class Weighed(NamedTuple):
+        codebook: torch.Tensor
+        commitment: torch.Tensor
+
+    terms = vqvae_loss(x, out)
+    right = ledger(model, Weighed(terms.codebook, 0.25 * terms.commitment))
+    wrong = ledger(model, Weighed(0.25 * terms.codebook, terms.commitment))
+    assert repr(right) == repr(wrong)
+    ratio = wrong["commitment", "encoder"].norm / right["commitment", "encoder"].norm
+    assert math.isclose(ratio, 4, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "said"),
+    [
+        ({"reconstruction": "encoder codebook decoder"}, "straight through jumps over"),
+        ({"reconstruction": "decoder"}, "straight through copies the gradient"),
+        ({"codebook": "encoder codebook"}, "z is detached in this term"),
+        ({"codebook": ""}, "this term alone pulls codes"),
+        ({"commitment": ["encoder", "codebook"]}, "e is detached in this term"),
+        ({"commitment": {"encoder", "decoder"}}, "no pixel is in it"),
+    ],
+)
+def test_a_wrong_prediction_is_told_which_cell_and_why(prediction, said):
+    book, *_ = book_of()
+    answer = book.matches(TRUE | prediction)
+    (term,) = prediction
+    assert not answer.right and len(answer.wrong) == 1
+    assert said in repr(answer) and f"The {term} term" in repr(answer)
+    assert repr(answer).startswith("8 of 9 cells right")
+
+
+def test_with_ema_the_reason_is_that_nothing_could_move():
+    book, *_ = book_of(quantizer="ema")
+    (sentence,) = book.matches(TRUE).wrong
+    assert "no parameters" in sentence and "forward pass" in sentence
+
+
+def test_a_model_that_breaks_the_rule_is_not_explained_by_the_rule():
+    class Leaky(VectorQuantizer):
+        def terms(self, z, e):
+            return F.mse_loss(e, z), F.mse_loss(z, e.detach())  # forgot to detach z
+
+    _, model, x = book_of()
+    model.quantizer = Leaky(SMALL.codes, SMALL.code_dim)
+    book = ledger(model, vqvae_loss(x, model(x)))
+    assert book.moved("codebook") == {"encoder", "codebook"}
+    (sentence,) = book.matches(TRUE).wrong
+    assert sentence == "The codebook term moves the encoder: a gradient arrives."
+
+
+def test_predictions_with_wrong_names_say_which():
+    book, *_ = book_of()
+    with pytest.raises(ValueError, match=r"unknown here: encodr.*without a prediction: commitment"):
+        book.matches({"reconstruction": "encodr", "codebook": "codebook"})
+
+
+def test_a_ledger_of_any_model_and_of_chosen_parts():
+    torch.manual_seed(0)
+    prior = TransformerPrior(PriorConfig(codes=16, side=2, width=8, depth=1, heads=2))
+    codes = torch.randint(16, (3, 4))
+    loss = prior_loss(prior(codes), codes)
+    assert ledger(prior, loss).moved("cross_entropy") == {"code_embedding", "blocks", "norm", "own"}
+    chosen = ledger(prior, loss, {"blocks": prior.blocks, "start": [prior.start]})
+    assert chosen.parts == ("blocks", "start") and chosen["cross_entropy", "start"].moves
+
+
+def test_ledger_refuses_what_is_no_loss():
+    _, model, x = book_of()
+    pictures = VQVAELoss(x, x, x, x)
+    with pytest.raises(ValueError, match="single number"):
+        ledger(model, pictures)
+
+
+def test_ledger_as_html_says_what_the_marks_mean():
+    book, *_ = book_of()
+    page = book._repr_html_()
+    assert page.count("✓") == 4 + 1 and page.count('scope="row"') == 3
+    assert "the term moves the part" in page and "<script" not in page
+
+
+# ---------------------------------------------------------------- exercises
+
+
+def test_each_chapter_has_at_least_four_with_all_they_need():
+    for chapter in CHAPTERS:
+        tasks = exercises(chapter)
+        assert len(tasks) >= 4
+        assert [task.id for task in tasks] == [f"{chapter}.{n + 1}" for n in range(len(tasks))]
+        for task in tasks:
+            assert task.chapter == chapter and 1 <= task.minutes <= 15
+            assert min(map(len, (task.title, task.task, task.hint, task.moral))) > 3
+            assert len(task.slips) >= 4 and all(len(said) > 20 for said in task.slips.values())
+    assert exercises(99) == ()
+
+
+@pytest.mark.parametrize("task", ALL, ids=lambda task: task.id)
+def test_every_solution_passes_its_check_in_five_seconds(task):
+    judge(task, task.code.solution)  # autograd's first call costs seconds
+    began = time.process_time()
+    verdict = judge(task, task.code.solution)
+    assert verdict.right and verdict.message.startswith("Right.")
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(("task", "name"), SLIPS)
+def test_every_known_wrong_answer_is_told_its_own_mistake(task, name):
+    verdict = judge(task, task.code.slips[name])
+    assert not verdict.right and verdict.message == task.slips[name]
+
+
+@pytest.mark.parametrize("task", ALL, ids=lambda task: task.id)
+def test_every_stub_runs_and_waits(task, capsys):
+    exec(task.stub, {"check": check})
+    assert "It waits" in capsys.readouterr().out
+
+
+# Wrong answers as readers write them: not the package's own, and found by what they do.
+def nearest_by_loop_over_codes(z, codebook):
+    best = torch.zeros(len(z), dtype=torch.long)
+    for i, point in enumerate(z):
+        best[i] = max(range(len(codebook)), key=lambda k: float(point @ codebook[k]))
+    return best
+
+
+def top_p_without_the_last(p, top_p):
+    kept, total = torch.zeros_like(p), 0.0
+    for i in p.argsort(descending=True).tolist():
+        if total + p[i] > top_p:
+            break
+        kept[i], total = p[i], total + p[i]
+    return kept / kept.sum()
+
+
+def attention_without_self(q, k, v):
+    rows = [torch.full((v.shape[1],), math.nan)]
+    rows += [((q[i] @ k[:i].T) / 2).softmax(0) @ v[:i] for i in range(1, len(q))]
+    return torch.stack(rows)
+
+
+def revive_without_averages(quantizer, k, place):
+    quantizer.codebook[k].copy_(place)
+
+
+def loss_after_straight_through(z, e, beta):
+    z_q = z + (e - z).detach()
+    return ((z_q - z.detach()) ** 2).mean() + beta * ((z - e.detach()) ** 2).mean()
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "said"),
+    [
+        ("1.1", lambda a, b: -10 * torch.log10(((a - b) ** 2).mean()), "6 dB too low"),
+        ("1.3", lambda p, h: round(p * (1 - p) * (1.96 / h) ** 2), "Round up|Not yet"),
+        ("1.6", lambda c, s: [(c[0], x) for x in s], "a word never met"),
+        ("2.2", nearest_by_loop_over_codes, "prefers long codes"),
+        ("2.3", lambda z, e: e.clone(), "the encoder gets none"),
+        ("2.4", loss_after_straight_through, "straight-through line"),
+        ("2.5", lambda n: 2 ** (-(n / n.sum()) * (n / n.sum()).log2()).sum(), "NaN"),
+        ("2.7", revive_without_averages, "next step undid it"),
+        ("3.2", attention_without_self, "Off by one"),
+        ("3.3", lambda words, codes: torch.ones(words + codes, words + codes).tril(), "triangle"),
+        ("3.4", top_p_without_the_last, "crosses the line"),
+        ("3.6", lambda nats, places: nats * places / math.log2(math.e), "divide by ln 2"),
+        ("3.7", lambda words, drawn: drawn - 1, "start mark too"),
+    ],
+)
+def test_mistakes_are_found_by_what_they_do(number, answer, said):
+    verdict = judge(exercise(number), answer)
+    assert not verdict.right and re.search(said, verdict.message), verdict.message
+
+
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [
+        ("2.2", lambda z, e: torch.cdist(z, e).argmin(1)),
+        ("2.3", lambda z, e: e.detach() + (z - z.detach())),
+        ("2.5", lambda n: math.exp(sum(-k / 10 * math.log(k / 10) for k in n.tolist() if k))
+         if n.sum() == 10 else {16: 4.0, 9: 1.0}[int(n.sum())]),
+        ("3.2", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
+        ("3.4", lambda p, t: [0, 0.625, 0, 0.375, 0] if t > 0.5 else [0, 1.0, 0, 0, 0]),
+    ],
+)  # fmt: skip
+def test_right_answers_may_be_written_in_other_ways(number, answer):
+    assert judge(exercise(number), answer).right
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (None, "Give the function itself"),
+        (lambda p, top_p: 1 / 0, "stops with ZeroDivisionError"),
+        (lambda p: p, "stops with TypeError"),
+        (lambda p, top_p: "0.625", "(str) is not what"),
+        (lambda p, top_p: p[:2], "its shape is (2,), and should be (5,)"),
+        (lambda p, top_p: (p, p), "returns 4 things, and 2"),
+        (lambda p, top_p: p * torch.nan, "NaN"),
+        (lambda p, top_p: p.mul_(2), "in place"),
+        (lambda p, top_p: p, "Not yet: the check finds"),
+    ],
+)
+def test_what_no_known_mistake_explains_is_still_answered(answer, said):
+    verdict = judge(exercise("3.4"), answer)
+    assert not verdict.right and said in verdict.message
+
+
+def test_an_exercise_shows_task_hint_and_solution_folded():
+    task = exercise("2.3")
+    assert repr(task).startswith("Exercise 2.3: Straight through, by hand ★★ (5 min)")
+    page = task._repr_markdown_()
+    assert page.count("<details>") == page.count("</details>") == 2
+    assert "return z + (e - z).detach()" in page and task.hint in page
+
+
+def test_unknown_exercises_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"no exercise '2.99'.*2.1, 2.2"):
+        exercise("2.99")
+    for odd in ("two", "99.1", ""):
+        with pytest.raises(ValueError, match="none in that chapter"):
+            exercise(odd)
+
+
+def test_words_and_code_must_fit_together():
+    code = Code(abs, abs, {"a": abs})
+    with pytest.raises(ValueError, match="words for: a"):
+        Exercise("9.1", "t", 1, 1, "task", "hint", "moral", {}, code)
+
+
+# ---------------------------------------------------------------- quizzes
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_five_questions_each_choice_with_its_reason(chapter):
+    questions = quiz(chapter)
+    assert len(questions) == 5
+    for question in questions:
+        plain = question.as_dict()
+        assert json.loads(json.dumps(plain)) == plain
+        assert set(plain) == {"text", "choices", "right", "reasons"}
+        assert len(plain["reasons"]) == len(plain["choices"]) >= 3
+    assert len({question.right for question in questions}) > 1, "not always the same letter"
+
+
+def test_the_widget_takes_the_questions():
+    pytest.importorskip("t2ilearn.widgets.quiz")
+    for chapter in CHAPTERS:
+        shown = show_quiz(chapter)
+        assert len(shown.questions) == 5
+        assert shown.questions[0]["right"] == quiz(chapter)[0].right
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"right": 2}, {"reasons": ("why",)}, {"reasons": ("why", " ")}, {"choices": ("a", "a")}],
+)
+def test_a_question_that_does_not_fit_together_is_refused(change):
+    good = Question("q?", ("a", "b"), 0, ("yes", "no"))
+    with pytest.raises(ValueError, match=r"q\?"):
+        replace(good, **change)
+
+
+def test_no_quiz_of_a_chapter_that_is_not_there():
+    with pytest.raises(ValueError, match="no quiz for chapter 99"):
+        quiz(99)
+
+
+# ---------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_recorded_budgets_are_of_the_notebooks_as_they_are(chapter):
+    shown = lessons.card(chapter)
+    path = measure_budget.chapters()[chapter]
+    words = measure_budget.count_words(nbformat.read(path, as_version=4).cells)
+    assert abs(shown.words - words) <= 0.15 * words, "run python tools/measure_budget.py"
+    assert re.fullmatch("[0-9a-f]{64}", shown.cells)
+    assert (shown.machine_minutes is None) == (shown.machine is None)
+    assert shown.exercise_minutes == sum(task.minutes for task in exercises(chapter))
+    assert 10 <= shown.reading_minutes <= 75, "at most about an hour's reading"
+
+
+def test_a_card_says_what_was_not_measured():
+    unknown = budget.Card(2, 5000, None, None, None, "")
+    assert repr(unknown).count("not measured") == 2 and "25 min (5,000 words)" in repr(unknown)
+    known = budget.Card(2, 5000, 1.25, 1.5, "x86_64 CPU, 1 thread", "")
+    assert "1.2 min (x86_64 CPU, 1 thread)" in repr(known) and "1.5 GB" in known._repr_html_()
+    with pytest.raises(ValueError, match="No budget of chapter 99"):
+        lessons.card(99)
+
+
+def test_words_are_counted_without_code_and_formulas():
+    text = "Two words.\n\n```python\nnot = these\n```\n\nAnd $x^2 + y$ too <br/> $$a = b$$ end."
+    cells = [new_markdown_cell(text), new_code_cell("no = 'words here'")]
+    assert measure_budget.count_words(cells) == len("Two words. And F too F end.".split())
+
+
+@pytest.mark.slow
+def test_the_tool_measures_an_execution_and_leaves_the_notebook_alone(tmp_path):
+    path = tmp_path / "toy.ipynb"
+    cells = [new_markdown_cell("one two"), new_code_cell("import time\ntime.sleep(1)\nprint(1)")]
+    path.write_text(nbformat.writes(new_notebook(cells=cells)), encoding="utf-8")
+    before = path.read_bytes()
+    measured = measure_budget.measure(path, execute=True)
+    assert path.read_bytes() == before
+    assert measured["words"] == 2 and measured["machine_minutes"] > 1 / 60
+    assert 0.02 < measured["memory_gb"] < 2 and "CPU" in measured["machine"]
+    assert measured["cells"] == measure_budget.fingerprint(cells)
+
+
+# ---------------------------------------------------------------- pages that speak of measurements
+
+
+def page(name: str) -> str:
+    return (measure_budget.ROOT / "book" / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page(name), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_every_refresher_says_what_is_true(number):
+    assert len(blocks("start.md")) == 12
+    exec(blocks("start.md")[number], {})
+
+
+def test_the_self_test_has_twelve_questions_of_three_choices_and_a_right_one():
+    questions = re.findall(r'<fieldset class="check">.*?</fieldset>', page("start.md"), re.DOTALL)
+    assert len(questions) == 12
+    for number, question in enumerate(questions, 1):
+        assert question.count('class="right"') == 1 and question.count('class="wrong"') == 2
+        ids = re.findall(r' id="(\w+)"', question)
+        assert ids == [f"check{number}{letter}" for letter in "abc"]
+        assert re.findall(r'<label for="(\w+)"', question) == ids
+        assert question.count('class="yes"') == question.count('class="refresher"') == 1
+        words = re.sub(r"<[^>]+>", " ", question.partition('class="refresher"')[2]).split()
+        assert 40 < len(words) < 180, "one screen"
+
+
+def test_what_the_page_on_trouble_says_of_training_was_measured():
+    text = page("trouble.md")
+    for name in ("vqvae-tiny", "prior-tiny"):
+        card = weights.load(name).card
+        facts = (f"{card['steps']:,}", card["minutes"], card["device"], card["precision"])
+        assert f"| `{name}` | {' | '.join(map(str, facts))} |" in text, "mend book/trouble.md"
+    losses = []
+    for name, term, digits in (("vqvae-tiny", "reconstruction", 4), ("prior-tiny", "total", 2)):
+        path = weights.ASSETS / "flights" / name / "flight.json"
+        values = json.loads(path.read_text(encoding="utf-8"))["curves"][term]
+        n, width = len(values), len(values) // 50
+        ends = [int(n * share) for share in (0.1, 0.25, 0.5, 1)]
+        losses.append([f"{sum(values[e - width : e]) / width:.{digits}f}" for e in ends])
+    for share, *row in zip(("a tenth", "a quarter", "half", "all"), *losses, strict=True):
+        assert f"| {share} | {' | '.join(row)} |" in text, "mend book/trouble.md"
+
+
+def test_what_the_page_on_trouble_says_of_drawing_was_measured():
+    folder = measure_budget.ROOT / "tests" / "benchmarks"
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+    found = {row["what"]: row["value"] for row in rows}
+    assert f"{found['draw, peak memory of the process']:.1f} GB" in page("trouble.md")
+    assert 6 < found["sampling, 6.6 M, without / with cache"] < 8
+    assert re.search(r"more than six\s+times", page("trouble.md"))
+    assert found["draw, four pictures"] < 0.5
+    settings = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))["vqvae-tiny"]
+    right = {(r["guidance_scale"], r["top_p"]): r["alignment"] for r in settings["rows"]}
+    for top_p in (1.0, 0.95, 0.9, 0.8):
+        assert 0.4 < right[3.0, top_p] / right[1.5, top_p] < 0.6
+
+
+def test_glossary_terms_are_used_by_the_chapters():
+    terms = re.findall(r"^(\w.*)\n  \S", page("glossary.md"), re.MULTILINE)
+    assert len(terms) > 50 and len(set(terms)) == len(terms)
+    paths = [*measure_budget.chapters().values(), *FOLDER.glob("chapter*.toml")]
+    text = " ".join(path.read_text(encoding="utf-8") for path in paths)
+    for term in terms:
+        heads = re.split(r", | and ", term)
+        known = [
+            re.search(rf"\b{re.escape(head.split()[0][:6])}", text, re.IGNORECASE) for head in heads
+        ]
+        assert all(known), f"no chapter speaks of {term!r}"
