@@ -72,7 +72,15 @@ $(LAB_SETTINGS): | $(VENV)/.has-lab
 	@echo '{"@jupyterlab/apputils-extension:notification":' \
 	  '{"fetchNews": "false", "checkForUpdates": false}}' > $@
 
-lab: $(VENV)/.has-lab $(VENV)/.trusted $(LAB_SETTINGS)
+# JupyterLab stores what the kernel says of its language, and marks a chapter as unsaved that says
+# otherwise. Chapters cannot know the reader's Python version, so the kernel keeps it to itself.
+KERNEL_SETTINGS := $(VENV)/etc/ipython/ipython_kernel_config.py
+$(KERNEL_SETTINGS): | $(VENV)/.has-lab
+	@mkdir -p $(@D)
+	@echo 'from ipykernel.ipkernel import IPythonKernel' > $@
+	@echo 'IPythonKernel.language_info.pop("version", None)' >> $@
+
+lab: $(VENV)/.has-lab $(VENV)/.trusted $(LAB_SETTINGS) $(KERNEL_SETTINGS)
 	$(BIN)/jupyter lab $(LAB_OPTIONS)
 
 check: $(VENV)/.has-test

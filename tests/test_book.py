@@ -1,29 +1,26 @@
 """The book builds from what is stored, with every warning an error, and says what it should."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbformat.v4 import new_code_cell, new_notebook
+
+import run_notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
-JUPYTER_BOOK = Path(sys.executable).parent / "jupyter-book"
+CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory) -> Path:
+def pages(built) -> Path:
     """The folder of built pages; the build itself is the test."""
-    if not JUPYTER_BOOK.exists():
-        pytest.skip("Jupyter Book is not installed: pip install -e '.[book]'")
-    out = tmp_path_factory.mktemp("book")
-    command = [JUPYTER_BOOK, "build", ".", "-W", "-n", "--keep-going", "--path-output", out]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    said = done.stdout + done.stderr
+    status, said, folder = built
     warnings = "\n".join(line for line in said.splitlines() if re.search("WARNING|ERROR", line))
-    assert done.returncode == 0, f"{warnings}\n{said[-2000:]}"
-    return out / "_build" / "html"
+    assert status == 0, f"{warnings}\n{said[-2000:]}"
+    return folder
 
 
 @pytest.mark.slow
@@ -45,3 +42,43 @@ def test_api_page_shows_functions_and_their_source(pages):
     for name in ("data.captions.encode", "vqvae.vqvae_loss", "prior.sample", "weights.load"):
         assert f'id="t2ilearn.{name}"' in api, name
     assert "viewcode-link" in api
+
+
+# ---------------------------------------------------------------- stored outputs
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_stored_outputs_belong_to_the_code_and_the_weights(path):
+    why = run_notebooks.stale(nbformat.read(path, as_version=4))
+    assert not why, f"{path.name}: {why}; run make notebooks"
+
+
+def test_stale_outputs_are_told_by_their_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_notebooks, "ASSETS", tmp_path)
+    (tmp_path / "toy.safetensors").write_bytes(b"weights")
+    notebook = new_notebook(cells=[new_code_cell("1 + 1")])
+    assert "nothing says" in run_notebooks.stale(notebook)
+    code, weights = run_notebooks.code_digest(notebook), run_notebooks.weights_digests(["toy"])
+    notebook.metadata["t2ilearn"] = {"made_from": {"code": code, "weights": weights}}
+    assert run_notebooks.stale(notebook) == ""
+    (tmp_path / "toy.safetensors").write_bytes(b"other weights")
+    assert run_notebooks.stale(notebook) == "other weights ship now: toy"
+    (tmp_path / "toy.safetensors").unlink()
+    assert run_notebooks.stale(notebook) == "other weights ship now: toy"
+    notebook.cells[0].source = "1 + 2"
+    assert "its code has changed" in run_notebooks.stale(notebook)
+
+
+@pytest.mark.slow
+def test_a_chapter_with_widgets_is_stored_with_the_same_bytes_twice(store_toy, tmp_path):
+    seen = []
+    for name in ("once", "twice"):
+        (tmp_path / name).mkdir()
+        store_toy(tmp_path / name / "toy.ipynb")
+        seen.append((tmp_path / name / "toy.ipynb").read_bytes())
+    assert seen[0] == seen[1]
+    stored = nbformat.reads(seen[0].decode(), as_version=4)
+    (state,) = stored.metadata.widgets.values()
+    names = {model["model_name"] for model in state["state"].values()}
+    assert {"AnyModel", "IntSliderModel", "LinkModel"} <= names
+    assert all(re.fullmatch("0{24}[0-9a-f]{8}", name) for name in state["state"])

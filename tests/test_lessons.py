@@ -7,13 +7,13 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
-import measure_budget
 import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+import measure_budget
 from t2ilearn import lessons, weights
 from t2ilearn.data import TinyShapes
 from t2ilearn.lessons import budget, check, exercise, ledger, quiz

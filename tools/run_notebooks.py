@@ -5,17 +5,23 @@
 What would differ from run to run is pinned: one thread, no timings or progress bars, widget ids
 from a counter, cell ids from the cell's place where it has none, figures without the plotting
 library's version, and no record of this machine's Python.
+
+The notebook's metadata then say what the outputs were made from (`made_from`), so that a test can
+tell without running anything whether they still belong to the code.
 """
 
+import hashlib
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 
+ASSETS = Path(__file__).resolve().parent.parent / "t2ilearn" / "assets"
 PINNED = {
     "OMP_NUM_THREADS": "1",  # sums in one order
     "TQDM_DISABLE": "1",
@@ -32,13 +38,21 @@ def _number_widgets():
     uuid4 = lambda: types.SimpleNamespace(hex=f"{next(numbers):032x}")
     comm.base_comm.uuid = types.SimpleNamespace(uuid4=uuid4)
 _number_widgets()
+def _note_weights():
+    import os, sys
+    notes = os.open(os.environ["T2ILEARN_OPENED_WEIGHTS"], os.O_WRONLY | os.O_APPEND)
+    def note(event, args):
+        if event == "open" and str(args[0]).endswith(".safetensors"):
+            os.write(notes, f"{os.path.abspath(args[0])}\\n".encode())
+    sys.addaudithook(note)
+_note_weights()
 import matplotlib as _m
 _m.rcParams["svg.hashsalt"] = "t2ilearn"
 from matplotlib_inline.config import InlineBackend as _b
 _b.instance(parent=get_ipython()).print_figure_kwargs = {
     "bbox_inches": "tight", "metadata": {"Software": None}
 }
-del _number_widgets, _m, _b
+del _number_widgets, _note_weights, _m, _b
 """
 
 
@@ -61,6 +75,33 @@ def forget_addresses(output: nbformat.NotebookNode) -> None:
             holder[key] = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x0", holder[key])
 
 
+def code_digest(notebook: nbformat.NotebookNode) -> str:
+    """SHA-256 of the code cells' sources, in order."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(sources).encode("utf-8")).hexdigest()
+
+
+def weights_digests(names: list[str]) -> dict[str, str]:
+    """SHA-256 of the shipped weights of these names; of missing ones, an empty text."""
+    paths = {name: ASSETS / f"{name}.safetensors" for name in names}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+        for name, path in paths.items()
+    }
+
+
+def stale(notebook: nbformat.NotebookNode) -> str:
+    """Why the stored outputs do not belong to the code and weights at hand; empty if they do."""
+    made_from = notebook.metadata.get("t2ilearn", {}).get("made_from")
+    if made_from is None:
+        return "nothing says what its outputs were made from"
+    if made_from["code"] != code_digest(notebook):
+        return "its code has changed since its outputs were stored"
+    now = weights_digests(list(made_from["weights"]))
+    changed = [name for name, digest in made_from["weights"].items() if now[name] != digest]
+    return f"other weights ship now: {', '.join(changed)}" if changed else ""
+
+
 def execute(path: Path) -> None:
     """Run one notebook in its own folder and write it back with its outputs.
 
@@ -77,18 +118,29 @@ def execute(path: Path) -> None:
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
+        store_widget_state=True,
         resources={"metadata": {"path": str(path.parent)}},
     )
-    client.execute()
+    with tempfile.TemporaryDirectory() as folder:
+        notes = Path(folder) / "opened"
+        notes.touch()
+        client.execute(env={**os.environ, "T2ILEARN_OPENED_WEIGHTS": str(notes)})
+        opened = [Path(line) for line in notes.read_text(encoding="utf-8").splitlines()]
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             forget_addresses(output)
+    used = sorted({weights.stem for weights in opened if weights.parent == ASSETS})
+    notebook.metadata["t2ilearn"] = {
+        "made_from": {"code": code_digest(notebook), "weights": weights_digests(used)}
+    }
+    # JupyterLab writes these two as the kernel says them, and marks what differs as unsaved.
+    # `make lab` keeps Python's version out of what the kernel says, for it differs among readers.
     notebook.metadata["kernelspec"] = {
-        "display_name": "Python 3",
+        "display_name": "Python 3 (ipykernel)",
         "language": "python",
         "name": "python3",
     }
-    notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
+    notebook.metadata["language_info"].pop("version", None)
     nbformat.validate(notebook)
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
 

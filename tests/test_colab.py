@@ -1,0 +1,128 @@
+"""On Colab: a chapter's first cell fetches what is missing and nothing else, and the widgets run on
+the older versions that wait there."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COLAB = ("ipywidgets==7.7.1", "anywidget==0.9.21", "ipython_genutils==0.2.0")
+
+
+# ---------------------------------------------------------------- the first cell
+
+
+@pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem)
+def first_cell(request, monkeypatch):
+    """A function that runs a chapter's first code cell: (is t2ilearn there, does pip succeed) →
+    the commands that it gave."""
+    notebook = nbformat.read(request.param, as_version=4)
+    source = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    code = compile(source, request.param.name, "exec")
+
+    def run(there: bool, pip_succeeds: bool) -> list[list[str]]:
+        commands = []
+
+        def find_spec(name, package=None):
+            assert name == "t2ilearn"
+            return SimpleNamespace() if there or (commands and pip_succeeds) else None
+
+        def stub(command, **options):
+            commands.append(command)
+            return SimpleNamespace(returncode=0 if pip_succeeds else 1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.util, "find_spec", find_spec)
+            patch.setattr(subprocess, "run", stub)
+            exec(code, {"__name__": "__main__"})
+            exec(code, {"__name__": "__main__"})  # readers run it again
+        return commands
+
+    return run
+
+
+def test_the_first_cell_leaves_a_clone_alone(first_cell):
+    assert first_cell(there=True, pip_succeeds=False) == []
+
+
+def test_the_first_cell_fetches_the_package_once_and_replaces_nothing(first_cell):
+    (command,) = first_cell(there=False, pip_succeeds=True)
+    assert command[:4] == [sys.executable, "-m", "pip", "install"]
+    assert not set(command) & {"-U", "--upgrade", "--force-reinstall", "--pre"}
+    (source,) = [word for word in command[4:] if not word.startswith("-")]
+    assert source.startswith("git+https://") and "[" not in source  # no extras
+
+
+def test_the_first_cell_explains_itself_without_a_network(first_cell):
+    with pytest.raises(RuntimeError, match=r"not installed.*make lab"):
+        first_cell(there=False, pip_succeeds=False)
+
+
+# ---------------------------------------------------------------- its older versions
+
+# Every widget in the order of __all__, with arguments where it does not do without.
+CONSTRUCT = """
+import json
+import anywidget, ipywidgets, torch
+from t2ilearn import widgets
+
+assert ipywidgets.__version__ == "7.7.1", ipywidgets.__file__
+assert anywidget.__version__ == "0.9.21", anywidget.__file__
+asked = widgets.Question("Two?", {"yes": "It is.", "no": "Count again."}, "A")
+needs = {
+    "Quiz": {"questions": [asked]},
+    "Frames": {"pictures": torch.zeros(2, 3, 8, 8), "axes": {"step": [0, 1]}},
+}
+made = 0
+for name in widgets.__all__:
+    kind = getattr(widgets, name)
+    if not issubclass(kind, ipywidgets.DOMWidget):
+        continue
+    try:
+        widget = kind(**needs.get(name, {}))
+    except TypeError as error:
+        raise SystemExit(f"{name}: {error}; give tests/test_colab.py its arguments")
+    json.dumps({key: value for key, value in widget.get_state().items() if key != "layout"})
+    bundle = widget._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert "application/vnd.jupyter.widget-view+json" in data, name
+    made += 1
+print("made", made)
+"""
+
+
+@pytest.fixture(scope="module")
+def colab_packages(request) -> Path:
+    """Colab's widget packages in a folder, kept between runs; a skip where none can be fetched."""
+    folder = Path(request.config.cache.mkdir("colab-widgets")) / re.sub(r"\W+", "-", COLAB[0])
+    if not (folder / "complete").exists():
+        options = ["--quiet", "--no-deps", "--retries", "1", "--timeout", "10", "--upgrade"]
+        pip = [sys.executable, "-m", "pip", "install", *options, "--target", folder, *COLAB]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines()[-1:]
+            pytest.skip(f"{', '.join(COLAB)} are not here and cannot be fetched: {said}")
+        (folder / "complete").touch()
+    return folder
+
+
+@pytest.mark.slow
+def test_widgets_are_made_on_colabs_versions(colab_packages):
+    if importlib.util.find_spec("t2ilearn.widgets") is None:
+        pytest.skip("no widgets yet")
+    done = subprocess.run(
+        [sys.executable, "-c", CONSTRUCT],
+        env={**os.environ, "PYTHONPATH": str(colab_packages)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split("made ")[1]) > 0

@@ -1,0 +1,246 @@
+"""The built pages in a browser: nothing from elsewhere, no errors, for every reader and window.
+
+Every page is opened over http and from its file. A chapter's stored widgets are drawn and answer to
+mouse and keyboard with no kernel behind them.
+"""
+
+import functools
+import gzip
+import http.server
+import importlib.resources
+import re
+import shutil
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import conftest
+import pytest
+import yaml
+
+import vendor
+
+ROOT = Path(__file__).resolve().parent.parent
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+LISTED = [TOC["root"], *(e["file"] for part in TOC["parts"] for e in part["chapters"])]
+NAMES = [*LISTED, "genindex", "py-modindex", "search"]
+MEGABYTES_A_PAGE = 3
+# The theme sets a constant twice; the widgets' script has a remark on its own schema.
+HARMLESS = ("'THEBE_JS_URL' has already been declared", "use allowUnionTypes")
+COMPRESSED = {".html", ".css", ".js", ".json", ".svg"}  # as a host of static pages sends them
+# Left out: the bibliography's list has a role that docutils gives it, and the API page, of which
+# axe makes a minute, is made like the others. A chapter's code has the colours of own_pictures'.
+READ = [name for name in LISTED if name not in ("book/bibliography", "book/api")]
+AXE = """axe.run({exclude: [".cell_input"]}, {preload: false, resultTypes: ["violations"]})"""
+STILL = "* { transition: none !important; animation: none !important; }"
+
+
+# ---------------------------------------------------------------- scripts of other projects
+
+
+def test_vendored_files_are_the_listed_ones():
+    assert vendor.faults(vendor.FOLDER, vendor.read_list()) == []
+
+
+def test_the_list_says_version_licence_and_source_and_brings_the_licence():
+    for package in vendor.read_list():
+        assert {"name", "version", "licence", "from", "files"} <= package.keys()
+        assert package["from"] == "pypi" or package["integrity"].startswith("sha512-")
+        assert any("LICENSE" in name for name in package["files"]), package["name"]
+
+
+def test_a_changed_missing_or_unlisted_file_is_named(tmp_path):
+    packages = [{"files": {name: {"sha256": vendor.sha256(b"x")} for name in ("a.js", "b.js")}}]
+    (tmp_path / "a.js").write_bytes(b"y")
+    (tmp_path / "c.js").write_bytes(b"x")
+    assert vendor.faults(tmp_path, packages) == [
+        "b.js is missing",
+        "c.js is not in the list",
+        "a.js is not the file that the list names",
+    ]
+
+
+def test_modules_are_cut_out_of_a_bundle_whole():
+    bundle = '/* head */\ndefine("a",1);\ndefine("b",2);\ndefine("c",3);\n'
+    assert vendor.without_modules(bundle, ["b"]) == '/* head */\ndefine("a",1);\ndefine("c",3);\n'
+
+
+# ---------------------------------------------------------------- pages, two ways
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A server of static files that does not log."""
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with conftest.headless_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def serve():
+    """A function from a folder to its address over http, on this machine."""
+    servers = []
+
+    def start(folder: Path) -> str:
+        handler = functools.partial(Quiet, directory=str(folder))
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def pages(built, browser) -> Path:
+    """The folder of built pages. tests/test_book.py says whether the build is faultless."""
+    folder = built[2]
+    if not (folder / "index.html").exists():
+        pytest.fail(f"the book is not built:\n{built[1][-2000:]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def addresses(pages, serve) -> dict[str, str]:
+    """Where the book is, for each way to open it."""
+    return {"http": serve(pages), "file": pages.as_uri()}
+
+
+class Visit:
+    """A page opened in a fresh profile, and what it said and asked for."""
+
+    def __init__(self, browser, address: str, name: str, **options):
+        self.page = browser.new_context(**options).new_page()
+        self.said, self.asked, self.failed = [], [], []
+        self.page.on("console", self._listen)
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("requestfailed", lambda request: self.failed.append(request.url))
+        self.page.goto(f"{address}/{name}.html", wait_until="load")
+
+    def _listen(self, message):
+        if message.type in ("error", "warning"):
+            self.said.append(f"{message.text} {message.location.get('url', '')}")
+
+    def errors(self) -> list[str]:
+        """What went wrong, but for what is known and harmless."""
+        return [text for text in self.said if not any(known in text for known in HARMLESS)]
+
+    def elsewhere(self, address: str) -> list[str]:
+        """Requests to anything but the site; data and blobs are parts of the page itself."""
+        return [u for u in self.asked if not u.startswith((address, "data:", "blob:"))]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.page.context.close()
+
+
+@functools.cache
+def bytes_sent(path: Path) -> int:
+    """A file's size as a host sends it: texts compressed, pictures as they are."""
+    data = path.read_bytes()
+    return len(gzip.compress(data, 6)) if path.suffix in COMPRESSED else len(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["http", "file"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_is_whole_light_and_keeps_to_its_site(browser, pages, addresses, name, way):
+    with Visit(browser, addresses[way], name) as visit:
+        visit.page.wait_for_timeout(200)  # whatever scripts ask for after loading
+        assert visit.elsewhere(addresses[way]) == []
+        assert visit.failed == []
+        assert visit.errors() == []
+        broken = "[...document.images].filter((i) => !i.complete || !i.naturalWidth).length"
+        assert visit.page.evaluate(broken) == 0, "a picture does not show"
+        urls = {u.split("#")[0] for u in visit.asked if u.startswith(addresses[way])}
+        paths = [pages / unquote(urlsplit(u.removeprefix(addresses[way])).path)[1:] for u in urls]
+        megabytes = sum(map(bytes_sent, paths)) / 1e6
+        assert megabytes <= MEGABYTES_A_PAGE, f"{megabytes:.2f} MB"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READ)
+def test_a_page_suits_every_reader(browser, addresses, name):
+    axe = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js")
+    with Visit(browser, addresses["file"], name) as visit:
+        visit.page.add_style_tag(content=STILL)  # colours that fade in are judged half-way
+        visit.page.evaluate(axe.read_text(encoding="utf-8"))
+        for scheme in ("light", "dark"):
+            visit.page.emulate_media(color_scheme=scheme)
+            visit.page.wait_for_function(f"document.documentElement.dataset.theme == '{scheme}'")
+            faults = [
+                f"{scheme}: {v['id']} ({v['impact']}) {node['target']}: {node['html'][:200]}"
+                for v in visit.page.evaluate(AXE)["violations"]
+                if v["impact"] in ("serious", "critical")
+                for node in v["nodes"]
+            ]
+            assert not faults, "\n".join(faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_narrow_window_scrolls_only_downwards(browser, addresses, name):
+    narrow = {"width": 320, "height": 640}
+    with Visit(browser, addresses["file"], name, viewport=narrow) as visit:
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+# ---------------------------------------------------------------- widgets without a kernel
+
+
+@pytest.fixture(scope="module")
+def toy_book(store_toy, tmp_path_factory) -> Path:
+    """Built pages of a book with the house's own settings, and one notebook with widgets."""
+    source, out = tmp_path_factory.mktemp("toy"), tmp_path_factory.mktemp("toy-pages")
+    store_toy(source / "toy.ipynb")
+    shutil.copy(ROOT / "_config.yml", source)
+    for name in ("_static", "_ext"):
+        shutil.copytree(ROOT / "book" / name, source / "book" / name)
+    shutil.copy(ROOT / "book" / "references.bib", source / "book")
+    (source / "_toc.yml").write_text("format: jb-book\nroot: toy\n", encoding="utf-8")
+    status, said = conftest.build_book(source, out)
+    assert status == 0, said[-2000:]
+    return out / "_build" / "html"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["http", "file"])
+def test_stored_widgets_answer_to_mouse_and_keyboard(toy_book, browser, serve, way):
+    address = serve(toy_book) if way == "http" else toy_book.as_uri()
+    with Visit(browser, address, "toy") as visit:
+        page = visit.page
+        says, readout = page.locator(".toy-says"), page.locator(".widget-readout")
+        says.wait_for(timeout=20_000)
+        assert (says.inner_text(), readout.inner_text()) == ("value 3", "3")
+        page.locator(".toy-more").click()
+        assert (says.inner_text(), readout.inner_text()) == ("value 4", "4")
+        page.locator(".toy-more").press("ArrowUp")
+        assert (says.inner_text(), readout.inner_text()) == ("value 5", "5")
+        page.locator(".noUi-handle").press("ArrowRight")  # the link works both ways
+        page.wait_for_function("document.querySelector('.toy-says').innerText == 'value 6'")
+        page.locator(".widget-play button").first.click()  # its icon is replaced by the theme
+        page.locator(".widget-play svg").first.wait_for()
+        assert page.locator("mjx-container").count() == 1
+        assert visit.elsewhere(address) == []
+        assert visit.failed == []
+        assert visit.errors() == []
+
+
+@pytest.mark.slow
+def test_a_page_with_widgets_names_only_its_own_scripts(toy_book):
+    page = (toy_book / "toy.html").read_text(encoding="utf-8")
+    scripts = re.findall(r'<script[^>]* src="([^"?]+)', page)
+    order = [s.rsplit("/", 1)[-1] for s in scripts]
+    assert order.index("require.js") < order.index("widget-paths.js") < order.index("embed-amd.js")
+    assert not [s for s in scripts if s.startswith(("http:", "https:", "//"))]
