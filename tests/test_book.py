@@ -26,7 +26,9 @@ def pages(built) -> Path:
 @pytest.mark.slow
 def test_every_page_is_built(pages):
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    names = [toc["root"], *(e["file"] for part in toc["parts"] for e in part["chapters"])]
+    entries = [entry for part in toc["parts"] for entry in part["chapters"]]
+    entries += [section for entry in entries for section in entry.get("sections", [])]
+    names = [toc["root"], *(entry["file"] for entry in entries)]
     for name in names:
         page = (pages / f"{name}.html").read_text(encoding="utf-8")
         assert "Traceback (most recent call last)" not in page, name

@@ -22,7 +22,9 @@ import vendor
 
 ROOT = Path(__file__).resolve().parent.parent
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-LISTED = [TOC["root"], *(e["file"] for part in TOC["parts"] for e in part["chapters"])]
+ENTRIES = [entry for part in TOC["parts"] for entry in part["chapters"]]
+ENTRIES += [section for entry in ENTRIES for section in entry.get("sections", [])]
+LISTED = [TOC["root"], *(entry["file"] for entry in ENTRIES)]
 NAMES = [*LISTED, "genindex", "py-modindex", "search"]
 MEGABYTES_A_PAGE = 3
 # The theme sets a constant twice; the widgets' script has a remark on its own schema.
@@ -197,6 +199,53 @@ def test_a_narrow_window_scrolls_only_downwards(browser, addresses, name):
 
 
 # ---------------------------------------------------------------- widgets without a kernel
+
+
+def says_more(root, acts) -> bool:
+    """Whether one of these acts changes the sentence in which a widget says its state."""
+    live = root.locator("[aria-live]")
+    for act in acts:
+        before = live.inner_text()
+        act()
+        root.page.wait_for_timeout(200)  # it speaks when it rests
+        if live.inner_text() != before:
+            return True
+    return False
+
+
+def presses(root):
+    """A key on each thing that takes the focus: arrows for what slides, a letter for a choice."""
+    for control in root.locator("input, button, [tabindex='0']").all()[:8]:
+        for key in ("ArrowRight", "ArrowLeft", "b"):
+            yield lambda control=control, key=key: control.press(key)
+
+
+def clicks(root):
+    """The mouse on each button that can be pressed."""
+    for button in root.locator("button:enabled:visible, input[type=radio]:visible").all()[:8]:
+        yield button.click
+
+
+CHAPTERS = [name for name in LISTED if name.startswith("notebooks/")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["http", "file"])
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_every_widget_of_a_chapter_is_ready_and_answers(browser, addresses, name, way):
+    wanted = (ROOT / f"{name}.ipynb").read_text(encoding="utf-8").count('"_anywidget_id"')
+    with Visit(browser, addresses[way], name) as visit:
+        roots = visit.page.locator(".t2i[role=group]")
+        if wanted:
+            roots.first.wait_for(timeout=20_000)
+            visit.page.wait_for_function(
+                f"document.querySelectorAll('.t2i[role=group]').length >= {wanted}"
+            )
+        for root in roots.all():
+            label = root.get_attribute("aria-label")
+            assert says_more(root, presses(root)), f"{label} does not answer to keys"
+            assert says_more(root, clicks(root)), f"{label} does not answer to the mouse"
+        assert visit.errors() == [] and visit.failed == []
 
 
 @pytest.fixture(scope="module")
