@@ -29,7 +29,7 @@ help:
 	@echo 'make notebooks              run every chapter anew and store its outputs'
 	@echo 'make train PRESET=tiny      train the first system (PRESET=book wants a GPU)'
 	@echo 'make format                 what ruff can mend by itself'
-	@echo 'make bench                  measure promised times and memory (TRAIN=1: of training)'
+	@echo 'make bench                  measure promised times and memory (TRAIN=1: training; BOOK=1: the book)'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -111,7 +111,7 @@ train: $(VENV)/.has-core
 	$(BIN)/t2ilearn train prior --preset $(PRESET)
 
 bench: $(VENV)/.has-test
-	$(BIN)/python tests/benchmarks/bench.py $(if $(TRAIN),--train)
+	$(BIN)/python tests/benchmarks/bench.py $(if $(TRAIN),--train)$(if $(BOOK),--book)
 
 clean:
 	rm -rf _build .mypy_cache .pytest_cache .ruff_cache

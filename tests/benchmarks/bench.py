@@ -1,6 +1,7 @@
 """Measure the times and the memory that this project promises, beside their bars.
 
     python tests/benchmarks/bench.py            # a minute or two; exit 1 if a bar does not hold
+    python tests/benchmarks/bench.py --book     # chapters, book build, pages in Chromium instead
     python tests/benchmarks/bench.py --train    # trains `tiny` from nothing instead (ten minutes)
 
 Every figure is the median of several runs, or a fresh process where an import or peak memory is
@@ -181,6 +182,50 @@ def training() -> Iterator[Row]:
     yield Row("tiny training, peak memory", max(memory for _, memory in runs), 3, "GB")
 
 
+def book() -> Iterator[Row]:
+    """Each chapter under nbval, the build from stored outputs, and pages until all is shown."""
+    root = Path(__file__).resolve().parent.parent.parent
+    nbval = ("--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg", "-q")
+    for chapter in sorted((root / "notebooks").glob("*.ipynb")):
+        command = (sys.executable, "-m", "pytest", *nbval, str(chapter))
+        yield Row(f"nbval, {chapter.stem}", run_measured(*command)[0], 60, "s")
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(sys.executable).parent / "jupyter-book")
+        options = ("-W", "-n", "--keep-going", "--path-output", folder)
+        yield Row("book build", run_measured(program, "build", str(root), *options)[0], 60, "s")
+        pages = sorted(Path(folder, "_build", "html", "notebooks").glob("*.html"))
+        seconds = seconds_until_ready(pages)
+    slowest = max(seconds, key=seconds.__getitem__)
+    yield Row("page with its widgets, until ready", seconds[slowest], 2, f"s ({slowest})")
+
+
+def seconds_until_ready(pages: list[Path]) -> dict[str, float]:
+    """For each page, the median of three openings in headless Chromium, from the request until
+    every widget stands there."""
+    import shutil
+
+    from playwright.sync_api import sync_playwright
+
+    browsers = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, browsers)), None)
+    if program is None:
+        raise SystemExit("--book needs a Chromium (Debian: apt-get install chromium).")
+    seconds: dict[str, list[float]] = {page.stem: [] for page in pages}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        for page in [page for page in pages for _ in range(3)]:
+            widgets = page.read_text(encoding="utf-8").count("vnd.jupyter.widget-view+json")
+            opened = browser.new_page()
+            opened.goto(page.as_uri(), wait_until="load")
+            opened.wait_for_function(
+                f"document.querySelectorAll('.t2i[role=group]').length >= {widgets}"
+            )
+            seconds[page.stem].append(opened.evaluate("performance.now() / 1000"))
+            opened.close()
+        browser.close()
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
     import torch
@@ -196,7 +241,8 @@ def machine() -> dict[str, object]:
 
 def main() -> int:
     """Print each row as it is measured, and write them all."""
-    parts = [training] if "--train" in sys.argv[1:] else [imports, renderer, emoji, cache, draw]
+    parts = [imports, renderer, emoji, cache, draw]
+    parts = {"--train": [training], "--book": [book]}.get("".join(sys.argv[1:]), parts)
     # Rows of parts that are not measured now stay as they were.
     old = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
     rows: dict[str, dict] = {row["what"]: row for row in old}
