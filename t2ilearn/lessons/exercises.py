@@ -87,7 +87,7 @@ class Exercise:
     @property
     def stub(self) -> str:
         """The cell that the reader fills in."""
-        body = "...  # your lines" if self.code.in_place else "return None  # your lines"
+        body = "pass  # your lines" if self.code.in_place else "return None  # your lines"
         arguments = ", ".join(inspect.signature(self.code.solution).parameters)
         call = f'check("{self.id}", {self.name})'
         return f"def {self.name}({arguments}):\n    {body}\n\n\n{call}"

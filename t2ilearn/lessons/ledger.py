@@ -40,7 +40,10 @@ REASONS: dict[str, dict[tuple[str, str], tuple[bool, str]]] = {
         ),
         ("codebook", "decoder"): (False, "the term compares z with e; no pixel is in it"),
         ("commitment", "encoder"): (True, "z walks to its code here"),
-        ("commitment", "codebook"): (False, "e is detached in this term: only the encoder walks"),
+        ("commitment", "codebook"): (
+            False,
+            "e is detached here, so only the encoder walks",
+        ),
         ("commitment", "decoder"): (False, "the term compares z with e; no pixel is in it"),
     }
 }
