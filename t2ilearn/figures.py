@@ -7,6 +7,7 @@
 | a few numbers, between floor and ceiling | `bars` |
 | how often each code is used | `usage` |
 | attention, masks, anything square | `matrix` |
+| what to see in a figure | `captioned` |
 | how the package does it | `show_source` |
 
 Each returns a matplotlib Figure that a notebook shows once, as the last line of a cell. Grounds
@@ -59,6 +60,14 @@ def _axes(figure: Figure, ticks: bool = True) -> Axes:
         spine.set_color(GREY)
         spine.set_visible(ticks and side in ("left", "bottom"))
     return axes
+
+
+def captioned(figure: Figure, message: str) -> Figure:
+    """The same figure with a sentence under everything else that says what to see in it."""
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()  # all in inches
+    place = ((box.x0 + box.x1) / 2 / width, (box.y0 - 0.1) / height)
+    figure.text(*place, message, color=GREY, fontsize=9, ha="center", va="top")
+    return figure
 
 
 def grid(

@@ -6,7 +6,7 @@ import torch
 from matplotlib.colors import to_rgb
 
 from t2ilearn import figures
-from t2ilearn.figures import bars, curves, grid, matrix, show_source, usage
+from t2ilearn.figures import bars, captioned, curves, grid, matrix, show_source, usage
 from t2ilearn.prior import TransformerPrior, choose
 
 
@@ -154,3 +154,12 @@ def test_source_without_docstrings_still_runs():
 def test_source_says_what_has_none():
     with pytest.raises(ValueError, match="no Python source"):
         show_source(len)
+
+
+def test_a_caption_stands_below_everything_else():
+    figure = curves({"step": [1, 2], "loss": [2.0, 1.0]}, ylabel="nats")
+    before, texts = figure.get_tightbbox(), len(figure.texts)
+    assert captioned(figure, "It falls.") is figure
+    assert len(figure.texts) == texts + 1 and figure.texts[-1].get_text() == "It falls."
+    drawn = figure.texts[-1].get_window_extent()
+    assert drawn.y1 / figure.dpi <= before.y0 and figure.get_tightbbox().y0 < before.y0

@@ -354,22 +354,24 @@ def test_no_quiz_of_a_chapter_that_is_not_there():
 # ---------------------------------------------------------------- budgets
 
 
+@pytest.mark.parametrize("lab", [False, True], ids=["reading", "lab"])
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_recorded_budgets_are_of_the_notebooks_as_they_are(chapter):
-    shown = lessons.card(chapter)
-    path = measure_budget.chapters()[chapter]
+def test_recorded_budgets_are_of_the_notebooks_as_they_are(chapter, lab):
+    shown = lessons.card(chapter, lab=lab)
+    path = measure_budget.chapters()[f"{chapter}-lab" if lab else str(chapter)]
     words = measure_budget.count_words(nbformat.read(path, as_version=4).cells)
     assert abs(shown.words - words) <= 0.15 * words, "run python tools/measure_budget.py"
     assert re.fullmatch("[0-9a-f]{64}", shown.cells)
-    assert (shown.machine_minutes is None) == (shown.machine is None)
-    assert shown.exercise_minutes == sum(task.minutes for task in exercises(chapter))
-    assert 10 <= shown.reading_minutes <= 75, "at most about an hour's reading"
+    assert shown.machine_minutes and shown.machine and "not measured" not in repr(shown)
+    assert shown.exercises == tuple(task.minutes for task in exercises(chapter))
+    assert shown.reading_minutes <= 75, "at most about an hour's reading"
 
 
 def test_a_card_says_what_was_not_measured():
-    unknown = budget.Card(2, 5000, None, None, None, "")
+    unknown = budget.Card("chapter 2", (5, 7), 5000, None, None, None, "")
     assert repr(unknown).count("not measured") == 2 and "25 min (5,000 words)" in repr(unknown)
-    known = budget.Card(2, 5000, 1.25, 1.5, "x86_64 CPU, 1 thread", "")
+    assert "about 12 min (2, in the lab)" in repr(unknown)
+    known = budget.Card("chapter 2", (), 5000, 1.25, 1.5, "x86_64 CPU, 1 thread", "")
     assert "1.2 min (x86_64 CPU, 1 thread)" in repr(known) and "1.5 GB" in known._repr_html_()
     with pytest.raises(ValueError, match="No budget of chapter 99"):
         lessons.card(99)

@@ -1,7 +1,7 @@
 """Measure what the chapters cost, and write the budget that their cards show.
 
-    python tools/measure_budget.py             # executes every chapter in a copy: minutes each
-    python tools/measure_budget.py 2           # that chapter alone
+    python tools/measure_budget.py             # executes every notebook in a copy: minutes each
+    python tools/measure_budget.py 2 2-lab     # these alone
     python tools/measure_budget.py --words     # counts words, keeps what was measured before
 
 Notebooks are executed as `run_notebooks.py` does, on one thread, and not written back. A chapter
@@ -31,10 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ("machine_minutes", "memory_gb", "machine")
 
 
-def chapters() -> dict[int, Path]:
-    """The chapters' notebooks by number; labs and appendices have no card."""
+def chapters() -> dict[str, Path]:
+    """The notebooks by chapter, "2" and "2-lab"; appendices have no card."""
     paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    return {int(path.name[:2]): path for path in paths if not path.stem.endswith("_lab")}
+    return {str(int(p.name[:2])) + "-lab" * p.stem.endswith("_lab"): p for p in paths}
 
 
 def count_words(cells: Sequence[nbformat.NotebookNode]) -> int:
@@ -88,7 +88,7 @@ def execute_here(path: Path) -> dict:
 def main() -> int:
     """Measure the chapters named on the command line, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("numbers", nargs="*", type=int, help="chapters; by default all")
+    parser.add_argument("numbers", nargs="*", help="2 or 2-lab; by default all")
     parser.add_argument("--words", action="store_true", help="count words only")
     parser.add_argument("--execute", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -99,12 +99,12 @@ def main() -> int:
     for number, path in chapters().items():
         if asked.numbers and number not in asked.numbers:
             continue
-        before, found = record.get(str(number), {}), measure(path, execute=not asked.words)
+        before, found = record.get(number, {}), measure(path, execute=not asked.words)
         if asked.words and before.get("cells") == found["cells"]:
             found |= {name: before[name] for name in MEASURED}
-        record[str(number)] = found
+        record[number] = found
         print(f"{path.name}: {found}", flush=True)
-    text = json.dumps(dict(sorted(record.items(), key=lambda row: int(row[0]))), indent=1)
+    text = json.dumps({number: record[number] for number in chapters()}, indent=1)
     RECORD.write_text(text + "\n", encoding="utf-8", newline="\n")
     return 0
 

@@ -1,4 +1,4 @@
-"""Budget cards: what a chapter costs its reader in minutes, and the machine in minutes and memory.
+"""Budget cards: what a notebook costs its reader in minutes, and the machine in minutes and memory.
 
 Reading is a count of the words in the text at 200 a minute, code left out. Machine minutes and
 peak memory are those of one execution of the notebook, from first cell to last. Both are written
@@ -22,7 +22,8 @@ class Card:
     """The budget of a chapter.
 
     Args:
-        chapter: its number.
+        name: "chapter 2" or "the lab of chapter 2".
+        exercises: the minutes of each of the chapter's exercises.
         words: in its text.
         machine_minutes: of one execution; None if nobody has measured.
         memory_gb: peak resident memory of the kernel in that execution, 10⁹ bytes.
@@ -30,7 +31,8 @@ class Card:
         cells: SHA-256 of the cells' sources that were measured.
     """
 
-    chapter: int
+    name: str
+    exercises: tuple[int, ...]
     words: int
     machine_minutes: float | None
     memory_gb: float | None
@@ -42,17 +44,12 @@ class Card:
         """Words at 200 a minute."""
         return round(self.words / WORDS_A_MINUTE)
 
-    @property
-    def exercise_minutes(self) -> int:
-        """The sum of the exercises' estimates."""
-        return sum(exercise.minutes for exercise in exercises(self.chapter))
-
     def rows(self) -> dict[str, str]:
         """What the card says, line by line."""
         minutes, memory = self.machine_minutes, self.memory_gb
         return {
             "reading": f"{self.reading_minutes} min ({self.words:,} words)",
-            "exercises": f"about {self.exercise_minutes} min ({len(exercises(self.chapter))})",
+            "exercises": f"about {sum(self.exercises)} min ({len(self.exercises)}, in the lab)",
             "machine": "not measured" if minutes is None else f"{minutes:.1f} min ({self.machine})",
             "memory": "not measured" if memory is None else f"{memory:.1f} GB at the peak",
         }
@@ -66,17 +63,19 @@ class Card:
             f'<tr><th scope="row">{name}</th><td>{html.escape(value)}</td></tr>'
             for name, value in self.rows().items()
         )
-        caption = f"<caption>What chapter {self.chapter} costs</caption>"
+        caption = f"<caption>What {self.name} costs</caption>"
         return f"<table>{caption}{''.join(rows)}</table>"
 
 
-def card(chapter: int) -> Card:
-    """The recorded budget of a chapter.
+def card(chapter: int, lab: bool = False) -> Card:
+    """The recorded budget of a chapter's reading notebook, or of its lab.
 
     Raises:
         ValueError: if there is no record of it.
     """
     record = json.loads(RECORD.read_text(encoding="utf-8"))
-    if str(chapter) not in record:
-        raise ValueError(f"No budget of chapter {chapter}; there are: {', '.join(record)}.")
-    return Card(chapter, **record[str(chapter)])
+    key = f"{chapter}-lab" if lab else str(chapter)
+    if key not in record:
+        raise ValueError(f"No budget of chapter {key}; there are: {', '.join(record)}.")
+    name = f"the lab of chapter {chapter}" if lab else f"chapter {chapter}"
+    return Card(name, tuple(each.minutes for each in exercises(chapter)), **record[key])

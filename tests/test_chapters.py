@@ -1,0 +1,101 @@
+"""Each chapter is a reading notebook and a lab, and both have the parts that the template asks for.
+
+Parts are cell tags: what a reader finds in one chapter is found under the same name in the next.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+CHAPTERS = sorted({path.stem.removesuffix("_lab") for path in NOTEBOOKS.glob("*.ipynb")})
+READING = {
+    "part-card": True,  # True: every chapter has it
+    "part-result": True,
+    "part-predict": True,
+    "part-break": False,
+    "part-toy": False,
+    "part-terms": False,
+    "part-architecture": False,
+    "part-summary": True,
+    "part-quiz": True,
+    "part-next": True,
+    "part-references": True,
+}
+LAB = {
+    "part-card": True,
+    "part-train": False,
+    "part-failures": False,
+    "part-paper": False,
+    "part-exercises": True,
+    "part-references": False,
+}
+KINDS = [(name, READING) for name in CHAPTERS] + [(f"{name}_lab", LAB) for name in CHAPTERS]
+
+
+def cells(name: str) -> list[dict]:
+    """The cells of a notebook, each with its source as one string."""
+    book = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
+    return [{**cell, "source": "".join(cell["source"])} for cell in book["cells"]]
+
+
+def parts(name: str) -> list[str]:
+    """The parts of a notebook, in the order in which they begin."""
+    tags = [t for cell in cells(name) for t in cell["metadata"].get("tags", [])]
+    return [tag for tag in dict.fromkeys(tags) if tag.startswith("part-")]
+
+
+@pytest.mark.parametrize("name, template", KINDS, ids=[name for name, _ in KINDS])
+def test_a_notebook_has_the_parts_of_the_template_in_order(name, template):
+    found = parts(name)
+    assert not set(found) - set(template), "a part that the template does not know"
+    missing = [part for part, always in template.items() if always and part not in found]
+    assert not missing
+    assert found == [part for part in template if part in found]
+
+
+@pytest.mark.parametrize("name, template", KINDS, ids=[name for name, _ in KINDS])
+def test_the_card_lists_the_parts_that_are_there(name, template):
+    """Its words for them; a part that is there is named, and one that is not is not promised."""
+    card = next(c for c in cells(name) if "part-card" in c["metadata"].get("tags", []))
+    (row,) = re.findall(r"^\| \*\*Parts\*\* \| (.*) \|$", card["source"], re.MULTILINE)
+    named = {
+        "part-result": "the result first",
+        "part-predict": "a prediction",
+        "part-break": "breaking it",
+        "part-toy": "a toy world",
+        "part-summary": "summary",
+        "part-quiz": "quiz",
+        "part-train": "training",
+        "part-failures": "when it fails",
+        "part-paper": "paper against code",
+        "part-exercises": "exercises",
+    }
+    for part, words in named.items():
+        if part in template:
+            assert (words in row) == (part in parts(name)), words
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_five_questions_and_at_least_four_exercises(name):
+    from t2ilearn.lessons import quiz
+
+    number = int(name.split("_")[0])
+    assert len(quiz(number)) == 5
+    assert any(f"show_quiz({number})" in cell["source"] for cell in cells(name))
+    checked = {
+        found
+        for cell in cells(f"{name}_lab")
+        if cell["cell_type"] == "code"
+        for found in re.findall(rf'^check\("({number}\.\d+)"', cell["source"], re.MULTILINE)
+    }
+    assert len(checked) >= 4
+
+
+@pytest.mark.parametrize("name", [name for name, _ in KINDS])
+def test_the_budget_card_is_shown(name):
+    lab = ", lab=True" if name.endswith("_lab") else ""
+    call = f"card({int(name.split('_')[0])}{lab})"
+    assert [cell["source"] for cell in cells(name) if call in cell["source"]]
