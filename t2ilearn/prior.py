@@ -17,7 +17,7 @@ so that drawing codes one by one is drawing from the whole. Two models of the fa
 | q_i | `codes[:, i]`, the grid row by row |
 | c, ∅ | `caption`, `tokens.null_caption` |
 | τ | `temperature`: logits are divided by it |
-| s | `guidance_scale`: logits = u + s (c − u), on logits (Ho & Salimans 2022, Eq. 6) |
+| s | `guidance_scale`: logits = u + s (c − u), on logits (Ho & Salimans 2022, Eq. 6, s = w + 1) |
 
 Differs from the papers in: the Transformer's input and output embeddings are one matrix, as in
 GPT-2; words, codes and positions start at one scale, for where positions whisper, a caption is a

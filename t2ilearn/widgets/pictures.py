@@ -100,7 +100,12 @@ class Frames(Widget):
 
         Args:
             count: at most so many frames, evenly chosen; the first and the last are among them.
+
+        Raises:
+            ValueError: if the run recorded no frames.
         """
+        if not record.frames:
+            raise ValueError("This run recorded curves alone, and no frames.")
         last, count = len(record.frames) - 1, min(count, len(record.frames))
         chosen = [record.frames[round(i * last / max(1, count - 1))] for i in range(count)]
         curves = record.facts["curves"]
