@@ -104,7 +104,7 @@ def test_beta_on_the_wrong_term_shows_in_the_norms_alone():
         ({"reconstruction": "decoder"}, "straight through copies the gradient"),
         ({"codebook": "encoder codebook"}, "z is detached in this term"),
         ({"codebook": ""}, "this term alone pulls codes"),
-        ({"commitment": ["encoder", "codebook"]}, "e is detached in this term"),
+        ({"commitment": ["encoder", "codebook"]}, "e is detached here"),
         ({"commitment": {"encoder", "decoder"}}, "no pixel is in it"),
     ],
 )
