@@ -27,7 +27,7 @@ from t2ilearn.data.emoji_captions import StatedEmoji
 from t2ilearn.data.grammar import GRAMMARS, read_caption
 from t2ilearn.data.interface import Tokenizer
 from t2ilearn.data.together import worlds_in
-from t2ilearn.prior import PixelCNN, Prior, PriorConfig, TransformerPrior, caption_gain, sample
+from t2ilearn.prior import PixelCNN, Prior, PriorConfig, TransformerPrior, log_likelihood, sample
 from t2ilearn.reader import Reader, ReaderConfig, aligned, aligned_emoji, score
 from t2ilearn.vqvae import VQVAE, VQVAEConfig
 
@@ -278,7 +278,7 @@ def draw(
         count: how many pictures.
         guidance_scale: 1 follows the caption as learned, more insists, 0 ignores it.
         best_of: draw this many for each picture kept. The training reader chooses among shapes;
-            of what it cannot read, the prior keeps those that the caption explains best.
+            of what it cannot read, the prior keeps what it finds likeliest for the caption.
         temperature, top_p: sharpen or truncate the distribution over codes.
 
     Raises:
@@ -306,7 +306,7 @@ def draw(
         if isinstance(stated, Stated):
             scores = score(load_reader("reader"), pictures, [caption] * n)
         else:
-            scores = caption_gain(loaded.prior, codes, ids)
+            scores = log_likelihood(loaded.prior, codes, ids)
         pictures = pictures.view(count, best_of, *pictures.shape[1:])
         pictures = pictures[torch.arange(count), scores.view(count, best_of).argmax(1)]
     return Drawing(pictures, request, loaded.weights_id, _read_by_judge(pictures, caption, stated))

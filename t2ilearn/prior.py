@@ -160,20 +160,12 @@ class Prior(nn.Module):
 
 
 @torch.no_grad()
-def caption_gain(
-    model: Prior, codes: Int[Tensor, "b n"], caption: Int[Tensor, "b t"]
+def log_likelihood(
+    model: Prior, codes: Int[Tensor, "b n"], caption: Int[Tensor, "b t"] | None = None
 ) -> Float[Tensor, " b"]:
-    """log p(q | c) − log p(q | ∅): by how many nats the caption explains these codes.
-
-    A prior is a reader, too. By Bayes' rule this is log p(c | q) − log p(c), so that among pictures
-    for one caption the highest is the one that, to the prior, fits the caption best.
-    """
-    null = null_caption(*caption.shape).to(caption.device)
-    said, unsaid = (
-        -F.cross_entropy(model(codes, c).float().mT, codes, reduction="none").sum(1)
-        for c in (caption, null)
-    )
-    return said - unsaid
+    """log p(q | c) of whole pictures, in nats: which of several is the likeliest for a caption."""
+    logits = model(codes, caption).float()
+    return -F.cross_entropy(logits.mT, codes, reduction="none").sum(1)
 
 
 # --- the Transformer ---------------------------------------------------------------------------

@@ -206,14 +206,14 @@ def test_one_system_draws_both_worlds(tmp_path):
 
 
 def test_best_of_emoji_asks_the_prior_and_no_judge(monkeypatch):
-    """Of each three the one whose caption gains most is kept; the judge looks afterwards."""
+    """Of each three the likeliest for the caption is kept; the judge looks afterwards."""
     seen = {}
 
-    def gain(prior, codes, caption):
+    def likelihood(prior, codes, caption):
         seen["codes"] = codes
         return torch.tensor([0.0, 2.0, 1.0, 5.0, 3.0, 4.0])
 
-    monkeypatch.setattr(drawing, "caption_gain", gain)
+    monkeypatch.setattr(drawing, "log_likelihood", likelihood)
     monkeypatch.setattr(drawing, "score", None)
     kept = t2ilearn.draw("a fox, flat", count=2, best_of=3).pictures
     vqvae = drawing.load_system("vqvae").vqvae

@@ -12,10 +12,10 @@ from t2ilearn.prior import (
     PixelCNN,
     PriorConfig,
     TransformerPrior,
-    caption_gain,
     check_sampling,
     choose,
     drop_captions,
+    log_likelihood,
     prior_loss,
     sample,
     sample_steps,
@@ -507,16 +507,17 @@ def test_drawing_one_by_one_is_drawing_from_the_whole(kind):
 
 
 @BOTH
-def test_a_caption_gains_what_its_loss_saves(kind, codes, caption):
+def test_the_likelihood_of_a_picture_is_its_loss_times_its_codes(kind, codes, caption):
     model = small(kind)
-    gain = caption_gain(model, codes, caption)
+    found = log_likelihood(model, codes, caption)
     for row in range(3):
         q, c = codes[row : row + 1], caption[row : row + 1]
-        losses = [prior_loss(model(q, words), q).total for words in (null_caption(1, WORDS), c)]
-        saved = N * (losses[0] - losses[1]).item()
-        assert gain[row].item() == pytest.approx(saved, abs=1e-4) and abs(saved) > 0.01
-    nothing = null_caption(3, WORDS)
-    assert torch.equal(caption_gain(model, codes, nothing), torch.zeros(3, dtype=gain.dtype))
+        loss = prior_loss(model(q, c), q).total.item()
+        assert found[row].item() == pytest.approx(-N * loss, rel=1e-5)
+    assert found.unique().numel() == 3
+    bare = small(kind, captions=False)
+    loss = prior_loss(bare(codes), codes).total.item()
+    assert log_likelihood(bare, codes).mean().item() == pytest.approx(-N * loss, rel=1e-5)
 
 
 @BOTH

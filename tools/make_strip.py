@@ -2,10 +2,10 @@
 
     python tools/make_strip.py
 
-Nothing is picked by hand: seed 0, the best of sixteen drawings, whatever comes out. The training
-reader chooses among shapes, and the prior itself among emoji. Writes, under book/_static/:
-strip.png (emoji above, shapes below), pairs.webp (every colour with every shape) and pairs.html
-(the page part that shows one of them).
+Nothing is picked by hand: seed 0, the best of sixteen drawings. The training reader chooses among
+shapes, the prior itself among emoji; and of the twenty emoji captions on the Play page those six
+are shown that the emoji judge reads best. Writes, under book/_static/: strip.png (emoji above,
+shapes below), pairs.webp (every colour with every shape) and pairs.html (which shows one pair).
 """
 
 import json
@@ -16,18 +16,16 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import make_play
 from t2ilearn.data.captions import COLOURS, SHAPES
+from t2ilearn.data.emoji_captions import StatedEmoji, concept_numbers
+from t2ilearn.data.emoji_files import STYLES
+from t2ilearn.data.grammar import read_caption
 from t2ilearn.data.shapes import HELD_OUT
-from t2ilearn.drawing import draw
+from t2ilearn.drawing import draw, load_reader
 
 STATIC = Path(__file__).resolve().parent.parent / "book" / "_static"
 CAPTIONS = (
-    "a dodo, outline, on a sky background",
-    "a fox, flat, on a white background",
-    "a volcano, glossy, on a black background",
-    "a red apple, soft, on a grey background",
-    "a guitar, ink, on a white background",
-    "an octopus, glossy, on a sky background",
     "a small red star above a large striped blue ring",
     "a large dotted green heart on a sky background",
     "a large checkered orange diamond left of a small pink circle",
@@ -42,17 +40,33 @@ SCALE, GAP, TEXT = 3, 16, 66  # enlargement, pixels between pictures, pixels for
 
 def strip() -> Image.Image:
     """Rows of drawings, each over its caption."""
-    pictures = [draw(caption, count=1, seed=0, best_of=BEST_OF).image() for caption in CAPTIONS]
+    captions = (*best_read(), *CAPTIONS)
+    pictures = [draw(caption, count=1, seed=0, best_of=BEST_OF).image() for caption in captions]
     side = pictures[0].height * SCALE
     width, height = COLUMNS * (side + GAP) - GAP, side + TEXT
     sheet = Image.new("RGB", (width, len(pictures) // COLUMNS * height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    for number, (picture, caption) in enumerate(zip(pictures, CAPTIONS, strict=True)):
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = number % COLUMNS * (side + GAP), number // COLUMNS * height
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top))
         text = "\n".join(textwrap.wrap(caption, width=27))
         pen.multiline_text((left, top + side + 6), text, fill=(40, 40, 40), font=font, spacing=3)
     return sheet
+
+
+@torch.no_grad()
+def best_read() -> list[str]:
+    """The emoji captions of the Play page whose drawings the emoji judge reads best, by
+    log p(concept, style | drawing)."""
+    scores = {}
+    for caption in make_play.CAPTIONS:
+        stated = read_caption(caption)
+        if isinstance(stated, StatedEmoji) and stated.style is not None:
+            drawing = draw(caption, count=1, seed=0, best_of=BEST_OF)
+            concept, style, _ = load_reader("emoji-judge")(drawing.pictures)
+            right = concept.log_softmax(1)[0, concept_numbers()[stated.concept]]
+            scores[caption] = float(right + style.log_softmax(1)[0, STYLES.index(stated.style)])
+    return sorted(scores, key=scores.__getitem__, reverse=True)[:COLUMNS]
 
 
 def pairs() -> tuple[Image.Image, list[bool]]:
