@@ -1,6 +1,8 @@
 """The house keeps its own promises: one address, honest sizes, tidy imports, true tables."""
 
 import ast
+import base64
+import io
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import nbformat
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 
 import readme_table
 import run_notebooks
@@ -321,3 +324,23 @@ def test_notebooks_are_stored_with_the_same_bytes_twice(tmp_path, monkeypatch):
     assert stored.metadata.widgets and not any(
         "stderr" == o.get("name") for c in stored.cells for o in c.outputs
     )
+
+
+def test_heavy_figures_are_stored_lighter_and_light_ones_as_they_are():
+    noise = Image.effect_noise((400, 400), 80).convert("RGB")
+    output = {"data": {"image/png": png(noise)}}
+    heavy = len(output["data"]["image/png"])
+    run_notebooks.lighten(output)
+    lighter = output["data"]["image/png"]
+    assert len(lighter) < 0.8 * heavy
+    assert Image.open(io.BytesIO(base64.b64decode(lighter))).size == (400, 400)
+    small = {"data": {"image/png": png(Image.new("RGB", (40, 40), "red"))}}
+    before = small["data"]["image/png"]
+    run_notebooks.lighten(small)
+    assert small["data"]["image/png"] == before
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -4,13 +4,15 @@
 
 What would differ from run to run is pinned: one thread, no timings or progress bars, widget ids
 from a counter, cell ids from the cell's place where it has none, figures without the plotting
-library's version, and no record of this machine's Python.
+library's version, heavy ones in 256 colours, and no record of this machine's Python.
 
 The notebook's metadata then say what the outputs were made from (`made_from`), so that a test can
 tell without running anything whether they still belong to the code.
 """
 
+import base64
 import hashlib
+import io
 import os
 import re
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 ASSETS = Path(__file__).resolve().parent.parent / "t2ilearn" / "assets"
 PINNED = {
@@ -29,6 +32,7 @@ PINNED = {
     "HF_HUB_OFFLINE": "1",
     "SOURCE_DATE_EPOCH": "0",  # dates inside PDF and SVG figures
 }
+HEAVY = 40_000  # bytes of a figure
 # Runs in the kernel before the first cell.
 PRELUDE = """
 def _number_widgets():
@@ -73,6 +77,18 @@ def forget_addresses(output: nbformat.NotebookNode) -> None:
     for holder, key in ((output, "text"), (output.get("data", {}), "text/plain")):
         if key in holder:
             holder[key] = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x0", holder[key])
+
+
+def lighten(output: nbformat.NotebookNode) -> None:
+    """Store a heavy figure with 256 colours, a quarter of the bytes: a page stays below 3 MB."""
+    data = output.get("data", {})
+    if len(data.get("image/png", "")) * 3 / 4 <= HEAVY:
+        return
+    with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as figure:
+        few = figure.convert("RGBA").quantize(256, Image.Quantize.FASTOCTREE, dither=0)
+        buffer = io.BytesIO()
+        few.save(buffer, "PNG", optimize=True, dpi=figure.info.get("dpi"))
+    data["image/png"] = base64.b64encode(buffer.getvalue()).decode("ascii") + "\n"
 
 
 def code_digest(notebook: nbformat.NotebookNode) -> str:
@@ -129,6 +145,7 @@ def execute(path: Path) -> None:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             forget_addresses(output)
+            lighten(output)
     used = sorted({weights.stem for weights in opened if weights.parent == ASSETS})
     notebook.metadata["t2ilearn"] = {
         "made_from": {"code": code_digest(notebook), "weights": weights_digests(used)}
