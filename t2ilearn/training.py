@@ -247,9 +247,8 @@ def _batches(
         return make_batch(step, seeded(config.seed, step, "batch", accelerator.process_index))
 
     steps = range(run.done, config.steps)
-    options: dict[str, Any] = {"initial": run.done, "unit": "step", "mininterval": 0.5}
-    if not (progress and accelerator.is_main_process and steps):
-        options["disable"] = True  # left unsaid otherwise, so that TQDM_DISABLE has a say
+    hidden = not (progress and accelerator.is_main_process and steps)
+    options = {"initial": run.done, "disable": hidden, "unit": "step", "mininterval": 0.5}
     with tqdm(total=config.steps, **options) as run.bar:
         for step, batch in zip(steps, _made_ahead(make, steps, device), strict=True):
             yield step, send_to_device(batch, device, non_blocking=device.type == "cuda")
