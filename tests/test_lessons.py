@@ -448,8 +448,8 @@ def test_what_the_page_on_trouble_says_of_drawing_was_measured():
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     found = {row["what"]: row["value"] for row in rows}
     assert f"{found['draw, peak memory of the process']:.1f} GB" in page("trouble.md")
-    assert 6 < found["sampling, 6.6 M, without / with cache"] < 8
-    assert re.search(r"more than six\s+times", page("trouble.md"))
+    assert found["sampling, 6.6 M, without / with cache"] > 3
+    assert re.search(r"more than\s+three times", page("trouble.md"))
     assert found["draw, four pictures"] < 0.5
     settings = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))["vqvae-tiny"]
     right = {(r["guidance_scale"], r["top_p"]): r["alignment"] for r in settings["rows"]}

@@ -53,22 +53,30 @@ def median_seconds(work: Callable[[], object], repeat: int = 5) -> float:
     return statistics.median(seconds)
 
 
+# Starts a command and says what it took. A process's peak memory begins with that of the process
+# which started it, so the starter is a small one.
+LAUNCH = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def run_measured(*command: str) -> tuple[float, float]:
-    """Seconds and peak resident GiB of a fresh process (nan memory where the system hides it)."""
+    """Seconds and peak resident GB of a fresh process (nan memory where the system hides it)."""
+    hidden = not hasattr(os, "wait4")
+    whole = command if hidden else (sys.executable, "-c", LAUNCH, *command)
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    said = process.stderr.read()
-    if hasattr(os, "wait4"):
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, else KiB
-        memory = usage.ru_maxrss * unit / 1e9
-    else:
-        process.wait()
-        memory = float("nan")
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said.decode()}")
-    return time.perf_counter() - began, memory
+    done = subprocess.run(whole, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr}")
+    if hidden:
+        return seconds, float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, else KiB
+    return seconds, int(done.stdout) * unit / 1e9
 
 
 def imports() -> Iterator[Row]:
