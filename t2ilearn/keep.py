@@ -10,7 +10,6 @@ mounted, and says what to do where it is not; `pack` makes one file of a run, to
     unpack("prior-tiny.zip", runs)           # on another machine, another day
 """
 
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -29,7 +28,7 @@ class RunFileError(ValueError):
 
 def on_colab() -> bool:
     """Whether this is a Colab machine."""
-    return "COLAB_RELEASE_TAG" in os.environ or importlib.util.find_spec("google.colab") is not None
+    return "COLAB_RELEASE_TAG" in os.environ
 
 
 def runs_folder() -> Path:
@@ -37,11 +36,7 @@ def runs_folder() -> Path:
 
     Warns on a Colab machine without Drive, since all will be lost with it.
     """
-    try:
-        colab = on_colab()
-    except ModuleNotFoundError:  # there is no package "google" at all
-        colab = False
-    if not colab:
+    if not on_colab():
         return Path("runs")
     if DRIVE.is_dir():
         return DRIVE / NAME

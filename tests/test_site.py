@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 import vendor
+from t2ilearn.drawing import SYSTEMS, load_system
 
 ROOT = Path(__file__).resolve().parent.parent
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
@@ -293,3 +294,39 @@ def test_a_page_with_widgets_names_only_its_own_scripts(toy_book):
     order = [s.rsplit("/", 1)[-1] for s in scripts]
     assert order.index("require.js") < order.index("widget-paths.js") < order.index("embed-amd.js")
     assert not [s for s in scripts if s.startswith(("http:", "https:", "//"))]
+
+
+# ---------------------------------------------------------------- the Play page
+
+
+def test_the_play_page_shows_what_the_weights_draw_that_ship():
+    text = (ROOT / "book" / "_static" / "play.html").read_text(encoding="utf-8")
+    shown = dict(re.findall(r'"([\w-]+)": \{"title": "[^"]+", "weights": "([^"]+)"', text))
+    assert shown == {name: load_system(name).weights_id for name in SYSTEMS}
+    template = (ROOT / "tools" / "play_template.html").read_text(encoding="utf-8")
+    assert all(part in text for part in template.split("/*DATA*/")), "run tools/make_play.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["http", "file"])
+def test_the_play_page_draws_guesses_and_saves(browser, addresses, way):
+    with Visit(browser, addresses[way], "book/play") as visit:
+        page, says = visit.page, visit.page.locator(".t2i-play [aria-live]")
+        assert "seeds 0 to 3" in says.inner_text()
+        first = says.inner_text()
+        page.locator(".t2i-play .caption").press("ArrowDown")
+        assert says.inner_text() != first
+        drawn = "c => new Set(c.getContext('2d').getImageData(0, 0, 512, 128).data).size"
+        page.wait_for_function(f"({drawn})(document.querySelector('.t2i-play canvas')) > 20")
+        page.locator(".t2i-play .guess").click()
+        assert "Which system drew" in says.inner_text()
+        page.locator(".t2i-play .answers button").first.press("Enter")
+        assert re.match(r"(Right|No): .* [01] of 1 so far", says.inner_text())
+        page.locator(".t2i-play .surprise").click()
+        assert "seeds 0 to 3" in says.inner_text()
+        page.locator(".t2i-play .reset").click()
+        assert says.inner_text() == first
+        with page.expect_download() as download:
+            page.locator(".t2i-play .save").click()
+        assert download.value.suggested_filename.endswith(".png")
+        assert visit.errors() == []

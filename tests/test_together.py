@@ -117,6 +117,9 @@ def test_a_caption_is_read_in_its_own_world():
         ("a fox, cubist", "Unknown style 'cubist'"),
         ("a red small star", "size"),  # words of shapes alone: their grammar speaks
         ("", "empty"),
+        ("a smal red star above a blue ring", "Unknown word 'smal'.*small"),  # a slip of the pen
+        ("a mauve star", "Unknown word 'mauve'"),
+        ("a glossy red star above a blue ring", "Nothing here is called"),  # a style was named
     ],
 )
 def test_errors_come_from_the_world_whose_words_they_are(caption, message):

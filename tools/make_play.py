@@ -138,7 +138,13 @@ def page() -> str:
             for row, (number, drawing) in enumerate(found.items())
         }
         side = next(iter(found.values())).pictures.shape[-1]
-        systems[system] = {"title": title, "side": side, "rows": rows, "sheet": sheet(found)}
+        systems[system] = {
+            "title": title,
+            "weights": load_system(system).weights_id,  # a test holds them to those that ship
+            "side": side,
+            "rows": rows,
+            "sheet": sheet(found),
+        }
     data = {"captions": CAPTIONS, "unseen": unseen, "systems": systems}
     template = (Path(__file__).parent / "play_template.html").read_text(encoding="utf-8")
     return template.replace("/*DATA*/", json.dumps(data))

@@ -5,10 +5,13 @@ is a shape and an emoji. Such a caption is of the shapes world; with a style it 
 "a star, glossy".
 """
 
+import re
 from collections.abc import Callable, Sequence
 
-from t2ilearn.data.captions import VOCABULARY, CaptionError, Stated, parse
+from t2ilearn.data import captions as words
+from t2ilearn.data.captions import CaptionError, Stated, parse
 from t2ilearn.data.emoji_captions import StatedEmoji, parse_emoji
+from t2ilearn.data.emoji_files import STYLES
 
 # By the names of the worlds, in the order in which they are asked.
 GRAMMARS: dict[str, Callable[[str], Stated | StatedEmoji]] = {
@@ -25,7 +28,7 @@ def read_caption(caption: str, worlds: Sequence[str] = ("shapes", "emoji")) -> S
         worlds: names of worlds, among `GRAMMARS`.
 
     Raises:
-        CaptionError: if none reads it. The message is of the world whose words it uses.
+        CaptionError: if none reads it. The message is of the world that was most likely meant.
         ValueError: for a world without a grammar.
     """
     if unknown := [world for world in worlds if world not in GRAMMARS]:
@@ -39,6 +42,13 @@ def read_caption(caption: str, worlds: Sequence[str] = ("shapes", "emoji")) -> S
                 faults[world] = error
     if not faults:
         raise ValueError("Name at least one world.")
-    foreign = set(caption.lower().replace(",", " ").rstrip(".").split()) - set(VOCABULARY)
-    of_shapes = not foreign or list(faults)[-1] != "emoji"
-    raise faults[next(iter(faults)) if of_shapes else "emoji"]
+    meant = "emoji" if "emoji" in faults and _means_emoji(caption) else next(iter(faults))
+    raise faults[meant]
+
+
+def _means_emoji(caption: str) -> bool:
+    """Whether a caption that nobody can read names a style, or has more words that the shapes world
+    does not know than words for the looks of a shape: "a smal red star" means a shape."""
+    said = set(re.findall(r"[\w'-]+", caption.lower()))
+    looks = {*words.SIZES, *words.PATTERNS, *words.COLOURS, *words.SHAPES}
+    return bool(said & set(STYLES)) or len(said - set(words.VOCABULARY)) > len(said & looks)

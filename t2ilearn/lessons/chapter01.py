@@ -14,6 +14,7 @@ from t2ilearn.reader import matches
 
 
 def my_psnr(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """PSNR in decibels of pictures in [−1, 1]: the peak is 2."""
     return 10 * torch.log10(4 / (a - b).square().mean())
 
 
@@ -38,6 +39,7 @@ _PSNR = {
 
 
 def fulfils(seen: StatedObject, said: StatedObject) -> bool:
+    """Whether a picture's object has every attribute that a caption states."""
     names = ("shape", "size", "pattern", "colour")
     return all(getattr(said, name) in (None, getattr(seen, name)) for name in names)
 
@@ -60,6 +62,7 @@ _FULFILS = {
 
 
 def pictures_needed(p: float, h: float) -> int:
+    """How many test pictures a share p within ± h (95 %) takes."""
     return math.ceil(1.96**2 * p * (1 - p) / h**2)
 
 
@@ -80,6 +83,7 @@ _NEEDED = {
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's interval (1927) for `right` of n, 95 %: its lower and upper end."""
     p, z = right / n, 1.96
     below = 1 + z**2 / n
     m = (p + z**2 / (2 * n)) / below
@@ -119,6 +123,7 @@ _WILSON = {
 
 
 def my_floor(facts: Sequence[Sequence[int]], captions: Sequence[str]) -> float:
+    """The share of readings that match the next picture's caption, in [0, 1]."""
     strangers = [*captions[1:], captions[0]]
     return sum(matches(f, parse(c)) for f, c in zip(facts, strangers, strict=True)) / len(facts)
 
@@ -150,6 +155,7 @@ _FLOOR = {
 
 
 def held_out_pairs(colours: Sequence[str], shapes: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs in which each colour and each shape occurs once."""
     return list(zip(colours, shapes, strict=True))
 
 

@@ -17,6 +17,7 @@ def _points(seed: int, *shape: int) -> Tensor:
 
 
 def bits_of_a_picture(side: int, codes: int) -> float:
+    """Bits in side × side tokens, each one of `codes`."""
     return side**2 * math.log2(codes)
 
 
@@ -34,6 +35,7 @@ _BITS = {
 
 
 def nearest(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int[Tensor, " n"]:
+    """Number of the nearest code for each encoding (van den Oord 2017, Eq. 1)."""
     distances = (codebook**2).sum(1) - 2 * z @ codebook.T  # (n, K)
     return distances.argmin(1)
 
@@ -57,6 +59,7 @@ _NEAREST = {
 
 
 def straight_through(z: Float[Tensor, "n d"], e: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """The value of e, with the gradient for z (van den Oord 2017, section 3.2)."""
     return z + (e - z).detach()
 
 
@@ -87,6 +90,7 @@ _STRAIGHT = {
 def quantizer_loss(
     z: Float[Tensor, "n d"], e: Float[Tensor, "n d"], beta: float
 ) -> Float[Tensor, ""]:
+    """Second and third term of van den Oord 2017, Eq. 3, as means."""
     codebook = F.mse_loss(e, z.detach())
     commitment = F.mse_loss(z, e.detach())
     return codebook + beta * commitment
@@ -130,6 +134,7 @@ _LOSS = {
 
 
 def my_perplexity(counts: Int[Tensor, " k"]) -> float:
+    """exp of the entropy of codes that were used so often, 1 … K."""
     p = counts[counts > 0] / counts.sum()
     return float((-(p * p.log()).sum()).exp())
 
@@ -159,6 +164,7 @@ def ema_step(
     chosen: Float[Tensor, "n d"],
     decay: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """One code's averages after a step, and the code (van den Oord 2017, appendix A.1)."""
     new_count = decay * count + (1 - decay) * len(chosen)
     new_total = decay * total + (1 - decay) * chosen.sum(0)
     return new_count, new_total, new_total / new_count
@@ -193,6 +199,7 @@ _EMA = {
 
 @torch.no_grad()
 def wake(quantizer: EMAQuantizer, k: int, place: Float[Tensor, " d"]) -> None:
+    """Move code k, and its averages with it, in place."""
     quantizer.codebook[k] = place
     quantizer.counts[k] = 1.0
     quantizer.sums[k] = place  # m = N · e, with N = 1

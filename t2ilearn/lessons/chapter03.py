@@ -16,6 +16,7 @@ def _random(seed: int, *shape: int) -> Tensor:
 
 
 def my_perplexity(logits: Float[Tensor, "n k"], codes: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+    """exp of the mean −ln p of the true codes, 1 … K and beyond."""
     log_p = logits.log_softmax(1)[torch.arange(len(codes)), codes]
     return (-log_p.mean()).exp()
 
@@ -43,6 +44,7 @@ _PERPLEXITY = {
 def my_attention(
     q: Float[Tensor, "t d"], k: Float[Tensor, "t d"], v: Float[Tensor, "t d"]
 ) -> Float[Tensor, "t d"]:
+    """Causal attention of one head (Vaswani 2017, Eq. 1)."""
     scores = q @ k.T / math.sqrt(q.shape[1])
     allowed = torch.ones_like(scores, dtype=torch.bool).tril()
     return scores.masked_fill(~allowed, -math.inf).softmax(1) @ v
@@ -81,6 +83,7 @@ _ATTENTION = {
 
 
 def who_sees_whom(words: int, codes: int) -> Bool[Tensor, "total total"]:
+    """True where looking is allowed: words at all words, codes backwards."""
     mask = torch.ones(words + codes, words + codes, dtype=torch.bool).tril()
     mask[:words, :words] = True
     return mask
@@ -119,6 +122,7 @@ _MASK = {
 
 
 def my_top_p(p: Float[Tensor, " k"], top_p: float) -> Float[Tensor, " k"]:
+    """The likeliest that together reach top_p, their sum 1 again."""
     ranked, order = p.sort(descending=True)
     before = ranked.cumsum(0) - ranked
     kept = torch.zeros_like(p)
@@ -158,6 +162,7 @@ _TOP_P = {
 def my_guidance(
     c: Float[Tensor, " k"], u: Float[Tensor, " k"], scale: float
 ) -> Float[Tensor, " k"]:
+    """Probabilities of guided logits (Ho & Salimans 2022, Eq. 6, with s = w + 1)."""
     return (u + scale * (c - u)).softmax(-1)
 
 
@@ -176,6 +181,7 @@ _GUIDANCE = {
 
 
 def bits_left(nats_a_code: float, places: int) -> float:
+    """Bits in a picture of so many places at so many nats each."""
     return places * nats_a_code / math.log(2)
 
 
@@ -194,6 +200,7 @@ _BITS = {
 
 
 def place_in_the_stream(words: int, drawn: int) -> int:
+    """The position, from 0, of the start mark or code that is fed after `drawn` codes."""
     return words + drawn
 
 
