@@ -126,7 +126,7 @@ class AttentionLab(Widget):
     Args:
         words: the tokens, at most six.
         queries, keys, values: q, k and v, one point a token, (T, 2), in −2.5 … 2.5.
-        asks: the token that asks first, counting from 0.
+        asks: the token that asks first, counting from 0; by default the third, or the last of two.
 
     Raises:
         ValueError: if these are not as many points as words, or one lies outside.
@@ -145,8 +145,9 @@ class AttentionLab(Widget):
         queries: Any = ((0.6, 1.6), (1.4, 0.8), (-1.6, 1.2), (-0.6, -1.6), (-1.2, 1.0)),
         keys: Any = ((-1.9, 0.3), (-1.2, 1.7), (1.5, 1.3), (0.3, -1.8), (1.9, -0.6)),
         values: Any = ((-1.6, -1.2), (1.5, 1.6), (-0.4, 1.7), (0.2, -1.7), (1.7, -0.5)),
-        asks: int = 2,
+        asks: int | None = None,
     ) -> None:
+        asks = min(2, len(words) - 1) if asks is None else asks
         places = {"q": queries, "k": keys, "v": values}
         fallback = "Attention: scores, softmax, and a weighted average of values."
         traits = {name: points(value, name, ATTENTION_PLANE) for name, value in places.items()}
