@@ -6,7 +6,7 @@ the normalisation first (Radford et al. 2019, GPT-2).
 
 | symbol | name |
 |---|---|
-| softmax(q kᵀ / √d) v | `Attention`, Eq. 1 of Vaswani et al. |
+| softmax(q kᵀ / √d) v | `Attention`, Eq. 1 of Vaswani et al.; `SpatialAttention` over places |
 | keys and values of tokens already seen | `KVCache` |
 
 Differs from the papers in: nothing that weights could tell: `TransformerBlock` computes what GPT-2
@@ -20,7 +20,18 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-GROUPS = 8  # of every group norm: channels are multiples of it
+GROUPS = 8  # of group norms, unless said otherwise: channels are multiples of it
+
+
+def group_norm(channels: int, groups: int = GROUPS, eps: float = 1e-5) -> nn.GroupNorm:
+    """A group norm, after a look at its sizes.
+
+    Raises:
+        ValueError: if the channels are not a multiple of the groups.
+    """
+    if channels < 1 or channels % groups:
+        raise ValueError(f"Channels must be multiples of {groups}, not {channels}.")
+    return nn.GroupNorm(groups, channels, eps)
 
 
 class ResidualBlock(nn.Module):
@@ -29,18 +40,21 @@ class ResidualBlock(nn.Module):
     Shapes: (B, in_channels, H, W) → (B, out_channels, H, W). Where the two differ, x passes
     through a 1×1 convolution.
 
+    Args:
+        groups, eps: of the group norms.
+
     Raises:
-        ValueError: if a number of channels is not a multiple of 8.
+        ValueError: if a number of channels is not a multiple of the groups.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int = GROUPS, eps: float = 1e-5
+    ) -> None:
         super().__init__()
-        for channels in (in_channels, out_channels):
-            if channels < 1 or channels % GROUPS:
-                raise ValueError(f"Channels must be multiples of {GROUPS}, not {channels}.")
-        self.norm1 = nn.GroupNorm(GROUPS, in_channels)
+        first, second = (group_norm(c, groups, eps) for c in (in_channels, out_channels))
+        self.norm1 = first
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(GROUPS, out_channels)
+        self.norm2 = second
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -49,6 +63,33 @@ class ResidualBlock(nn.Module):
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return self.skip(x) + y
+
+
+class SpatialAttention(nn.Module):
+    """x + attention of one head over the places of a feature map, after a group norm.
+
+    Shapes: (B, C, H, W) → (B, C, H, W). Each place takes a weighted mean of all H · W places.
+
+    Args:
+        groups, eps: of the group norm.
+
+    Raises:
+        ValueError: if the channels are not a multiple of the groups.
+    """
+
+    def __init__(self, channels: int, groups: int = GROUPS, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, groups, eps)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).mT for f in (self.q, self.k, self.v))  # (B, HW, C) each
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.mT.reshape(x.shape))
 
 
 class QuickGELU(nn.Module):

@@ -88,6 +88,7 @@ def train(
     draw_samples: Callable[[nn.Module], Tensor] | None = None,
     sample_every: int = 500,
     checkpoint_seconds: float = 60.0,
+    betas: tuple[float, float] = BETAS,
     precision: str | None = None,
     progress: bool = True,
     resume: bool = True,
@@ -95,6 +96,8 @@ def train(
     """Train a model in place; go on from the checkpoint in `run_dir` if there is one.
 
     Args:
+        model: where two play against each other, its `players` are both; their gradients are then
+            clipped apart, and `gradient_norm` is the first one's.
         make_batch: (step, generator) → any nest of tensors; it is moved to the device. On a GPU
             another thread makes the next batch while this one trains.
         compute_loss: (model, batch, generator) → NamedTuple of scalars, one of them `total`.
@@ -105,6 +108,7 @@ def train(
         draw_samples: averaged model, on the device → pictures (B, 3, H, W) in [−1, 1], kept small
             as a frame every `sample_every` steps.
         checkpoint_seconds: least time between checkpoints.
+        betas: AdamW's memories of gradient and of its square; players want a shorter first one.
         precision: "no" (float32), "bf16" or "fp16"; by default what suits the device.
         resume: False starts over.
 
@@ -118,7 +122,7 @@ def train(
     """
     _check(config)
     accelerator, home = _accelerator(precision), _device_of(model)
-    optimizer = _adamw(model.to(accelerator.device), config)
+    optimizer = _adamw(model.to(accelerator.device), config, betas)
     bare, (model, optimizer) = model, accelerator.prepare(model.train(), optimizer)
     average = AveragedWeights(bare)
     run = Run(bare, optimizer, average, config, Path(run_dir), accelerator)
@@ -137,7 +141,7 @@ def train(
                     terms = compute_loss(model, batch, generator)
                 optimizer.zero_grad()
                 accelerator.backward(terms.total)
-                norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
+                norm = _clip(bare, config.gradient_clip, accelerator)
                 optimizer.step()
                 average.update(ema_decay_at(config, step))
                 if after_step is not None:
@@ -334,7 +338,7 @@ def _accelerator(precision: str | None) -> Accelerator:
     return Accelerator(mixed_precision=chosen)
 
 
-def _adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def _adamw(model: nn.Module, config: TrainConfig, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW that decays matrices and kernels, but no bias and no normalisation's gain."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
@@ -345,7 +349,14 @@ def _adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     ]
     groups = [group for group in groups if group["params"]]
     fused = {p.device.type for p in trained} <= {"cpu", "cuda"}
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
+
+
+def _clip(model: nn.Module, limit: float, accelerator: Accelerator) -> Tensor:
+    """Shorten each player's gradient to `limit`; returns the length that the first one's had."""
+    accelerator.unscale_gradients()
+    players = getattr(model, "players", (model,))
+    return [nn.utils.clip_grad_norm_(player.parameters(), limit) for player in players][0]
 
 
 def _check(config: TrainConfig) -> None:

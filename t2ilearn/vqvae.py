@@ -154,7 +154,7 @@ def _check_pictures(x: Tensor, config: VQVAEConfig) -> None:
         )
 
 
-def _precise(x: Tensor) -> Tensor:
+def precise(x: Tensor) -> Tensor:
     """At least float32: half precision loses small distances, and with them codes."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -191,7 +191,7 @@ def autoencoder_loss(
     x: Float[Tensor, "b 3 h w"], reconstruction: Float[Tensor, "b 3 h w"]
 ) -> AutoencoderLoss:
     """‖x − x̂‖², as a mean over pictures, colours and pixels."""
-    error = F.mse_loss(_precise(reconstruction), x)
+    error = F.mse_loss(precise(reconstruction), x)
     return AutoencoderLoss(error, total=error)
 
 
@@ -226,7 +226,7 @@ class VAE(nn.Module):
             ValueError: for pictures of another resolution.
         """
         _check_pictures(x, self.config)
-        mean, log_variance = _precise(self.encoder(x)).chunk(2, dim=1)  # (B, D, h, w) each
+        mean, log_variance = precise(self.encoder(x)).chunk(2, dim=1)  # (B, D, h, w) each
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
         z = mean + (log_variance / 2).exp() * noise
         return VAEOutput(self.decoder(z), mean, log_variance)
@@ -247,7 +247,7 @@ def vae_loss(x: Float[Tensor, "b 3 h w"], output: VAEOutput, sigma: float = 0.1)
     """
     mean, log_variance = output.mean, output.log_variance
     per_picture = (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(1) / 2
-    reconstruction = F.mse_loss(_precise(output.reconstruction), x)
+    reconstruction = F.mse_loss(precise(output.reconstruction), x)
     divergence = per_picture.mean() / x[0].numel()  # KL(q ‖ N(0, 1)), in nats a number of x
     total = reconstruction + 2 * sigma**2 * divergence
     return VAELoss(reconstruction, divergence, total)
@@ -311,7 +311,7 @@ class VectorQuantizer(nn.Module):
 
     def project(self, z: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
         """z as the codes meet it: in float32 or better, on the unit sphere if `cosine`."""
-        z = _precise(z)
+        z = precise(z)
         return F.normalize(z, dim=1) if self.cosine else z
 
     def rows(self) -> Float[Tensor, "k d"]:
@@ -471,7 +471,7 @@ class FSQ(nn.Module):
         half = (self.levels - 1) * 1.001 / 2  # a hair wider: the last level must be in reach
         offset = 0.0 if self.levels % 2 else 0.5
         shift = torch.atanh(torch.tensor(offset / half, dtype=torch.float64)).item()
-        return (torch.tanh(_precise(z) + shift) * half - offset) / (self.levels // 2)
+        return (torch.tanh(precise(z) + shift) * half - offset) / (self.levels // 2)
 
     @torch.no_grad()
     def nearest(self, z: Float[Tensor, "b d h w"]) -> Int[Tensor, "b h w"]:
@@ -535,6 +535,15 @@ class VQVAELoss(NamedTuple):
     total: Float[Tensor, ""]
 
 
+def make_quantizer(config: VQVAEConfig) -> VectorQuantizer | FSQ:
+    """The quantizer that a config names."""
+    size = (config.codes, config.code_dim)
+    if config.quantizer == "fsq":
+        return FSQ(*size)
+    kind = EMAQuantizer if config.quantizer == "ema" else VectorQuantizer
+    return kind(*size, cosine=config.cosine)
+
+
 class VQVAE(nn.Module):
     """Encoder, quantizer, decoder. All that training changes is in parameters and buffers."""
 
@@ -542,13 +551,7 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        size = (config.codes, config.code_dim)
-        self.quantizer: VectorQuantizer | FSQ
-        if config.quantizer == "fsq":
-            self.quantizer = FSQ(*size)
-        else:
-            kind = EMAQuantizer if config.quantizer == "ema" else VectorQuantizer
-            self.quantizer = kind(*size, cosine=config.cosine)
+        self.quantizer = make_quantizer(config)
 
     def forward(self, x: Float[Tensor, "b 3 h w"], quantize: bool = True) -> VQVAEOutput:
         """Reconstruct pictures; in training mode an EMA codebook moves.
@@ -619,7 +622,7 @@ def vqvae_loss(x: Float[Tensor, "b 3 h w"], output: VQVAEOutput, beta: float = 0
         x: the pictures that `output` is about.
         beta: β. The paper finds no difference from 0.1 to 2.0.
     """
-    reconstruction = F.mse_loss(_precise(output.reconstruction), x)
+    reconstruction = F.mse_loss(precise(output.reconstruction), x)
     codebook, commitment = output.quantized.codebook, output.quantized.commitment
     total = reconstruction + codebook + beta * commitment
     return VQVAELoss(reconstruction, codebook, commitment, total)

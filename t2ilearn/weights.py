@@ -5,27 +5,31 @@
 
 `load` checks one against the other, so that damage shows here and not as a strange picture, and
 `load_into` is strict: every tensor of the model comes from the file, and none is left over.
+`load_taming` does the same for a checkpoint of "Taming Transformers".
 """
 
 import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
+from t2ilearn.foreign import WeightsError, read_checkpoint
+from t2ilearn.taming import RELEASED
+from t2ilearn.vqgan import VQGAN
+
 ASSETS = Path(__file__).parent / "assets"
 _PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+_MOST_FAULTS = 20  # that one message lists
 _LARGEST_HEADER = 100 * 2**20  # safetensors' own limit, in bytes
-
-
-class WeightsError(RuntimeError):
-    """Weights that cannot be used; the message names the file, the reason and the remedy."""
 
 
 class Weights(NamedTuple):
@@ -112,11 +116,17 @@ def load(name_or_path: str | Path) -> Weights:
     return Weights(floats, card)
 
 
+def lpips_heads() -> list[Tensor]:
+    """The weights of LPIPS for the channels of VGG-16, finest level first (Zhang et al. 2018)."""
+    state = load(ASSETS / "lpips" / "vgg.safetensors").state
+    return [state[name] for name in sorted(state)]
+
+
 def load_into(model: nn.Module, weights: Weights) -> None:
     """Copy weights into a model, in place, on whatever device it is.
 
     Raises:
-        WeightsError: naming every tensor that is missing, left over, or of another shape or kind.
+        WeightsError: naming the tensors that are missing, left over, or of another shape or kind.
             The model is then unchanged.
     """
     check_state(weights.state, model.state_dict(), type(model).__name__)
@@ -124,7 +134,7 @@ def load_into(model: nn.Module, weights: Weights) -> None:
 
 
 def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner: str) -> None:
-    """Raise `WeightsError` with every difference between two sets of names, shapes and kinds."""
+    """Raise `WeightsError` with the differences between two sets of names, shapes and kinds."""
     faults = [f"missing {key}" for key in wanted if key not in state]
     faults += [f"left over {key}" for key in state if key not in wanted]
     for key in (key for key in wanted if key in state):
@@ -133,6 +143,8 @@ def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner
             faults.append(f"{key} is {tuple(have.shape)}, not {tuple(want.shape)}")
         elif have.is_floating_point() != want.is_floating_point():
             faults.append(f"{key} is {have.dtype}, not {want.dtype}")
+    if len(faults) > _MOST_FAULTS:
+        faults[_MOST_FAULTS:] = [f"and {len(faults) - _MOST_FAULTS} more"]
     if faults:
         raise WeightsError(f"The weights do not fit {owner}:\n  " + "\n  ".join(faults))
 
@@ -266,3 +278,61 @@ def _read_card(path: Path) -> dict[str, Any]:
     if not isinstance(card, dict) or not isinstance(card.get("sha256"), str):
         raise WeightsError(f"The card {path} does not state the SHA-256 of its weights.")
     return card
+
+
+# --- "Taming Transformers" ---------------------------------------------------------------------
+
+_DROPPED = ("loss.",)  # critic and perceptual trunk; optimisers lie beside the state_dict
+_OWN = {"quantizer.counts"}  # how often we used each code lately: no file knows
+_TAMING = (  # ours, theirs; applied one after the other
+    (r"^encoder\.quant_conv", "quant_conv"),
+    (r"^decoder\.post_quant_conv", "post_quant_conv"),
+    (r"^quantizer\.codebook", "quantize.embedding.weight"),
+    (r"^quantizer", "quantize"),
+    (r"^encoder\.levels\.(\d)\.resize\.1", r"encoder.down.\1.downsample.conv"),
+    (r"^decoder\.levels\.(\d)\.resize\.1", r"decoder.up.\1.upsample.conv"),
+    (r"^encoder\.levels", "encoder.down"),
+    (r"^decoder\.levels", "decoder.up"),
+    (r"\.blocks\.", ".block."),
+    (r"\.attentions\.", ".attn."),
+    (r"\.middle\.0", ".mid.block_1"),
+    (r"\.middle\.1", ".mid.attn_1"),
+    (r"\.middle\.2", ".mid.block_2"),
+    (r"\.skip\.", ".nin_shortcut."),
+    (r"\.out\.", ".proj_out."),
+)
+
+
+def taming_key(ours: str) -> str:
+    """The name that a checkpoint of "Taming Transformers" gives to a tensor of our `VQGAN`."""
+    for pattern, theirs in _TAMING:
+        ours = re.sub(pattern, theirs, ours)
+    return ours
+
+
+def load_taming(path: str | Path, name: str = "f16-16384") -> VQGAN:
+    """A released VQGAN of "Taming Transformers", in evaluation mode on the CPU.
+
+    Args:
+        path: the authors' `last.ckpt`.
+        name: which model that is, one of `taming.RELEASED`.
+
+    Raises:
+        WeightsError: if the name is unknown, the file cannot be read (see `read_checkpoint`), or
+            its tensors are not exactly those of that model.
+    """
+    if name not in RELEASED:
+        raise WeightsError(
+            f"No released VQGAN is called {name!r}. There are: {', '.join(RELEASED)}."
+        )
+    found = {k: t for k, t in read_checkpoint(path).items() if not k.startswith(_DROPPED)}
+    with torch.device("meta"):  # sizes only: the file's own tensors become the parameters
+        model = VQGAN(RELEASED[name])
+    wanted = {key: t for key, t in model.state_dict().items() if key not in _OWN}
+    owner = f"{name!r}; {path} is a checkpoint of another configuration"
+    check_state(found, {taming_key(key): t for key, t in wanted.items()}, owner)
+    state = {key: found[taming_key(key)].float().contiguous() for key in wanted}
+    for key in _OWN & model.state_dict().keys():
+        state[key] = torch.ones(model.state_dict()[key].shape)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()

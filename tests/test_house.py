@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "t2ilearn"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MIB = 2**20
-MODELS = {"layers", "tokens", "vqvae", "prior"}  # bricks, and a file for each chapter
+# Bricks, and a file for each chapter.
+MODELS = {"layers", "tokens", "vqvae", "prior", "vqgan", "taming"}
 # Colab's own versions in August 2026 (Python 3.12): installing must not replace any of them.
 COLAB = {
     "torch": "2.11",
@@ -201,11 +202,19 @@ def code_lines(path: Path) -> int:
 
 def test_the_package_stays_compact():
     lines = {path: code_lines(path) for path in PACKAGE.rglob("*.py")}
-    assert sum(n for path, n in lines.items() if path.stem in MODELS) < 2000
-    # The chapters' own furniture (exercises with their known slips, widgets) is counted apart.
-    teaching = {p for p in lines if {"lessons", "widgets"} & set(p.parts) or p.stem == "studio"}
-    assert sum(n for path, n in lines.items() if path not in teaching) < 4500
-    assert sum(lines[path] for path in teaching) < 2000
+    rooms = {"models": 0, "data": 0, "teaching": 0, "machinery": 0}
+    for path, n in lines.items():
+        if path.stem in MODELS:
+            room = "models"
+        elif "data" in path.parts:
+            room = "data"
+        elif {"lessons", "widgets"} & set(path.parts) or path.stem == "studio":
+            room = "teaching"  # the chapters' own furniture: exercises with their known slips
+        else:
+            room = "machinery"  # to train, measure, keep and draw
+        rooms[room] += n
+    most = {"models": 2000, "data": 1500, "teaching": 2500, "machinery": 2800}
+    assert {room: n for room, n in rooms.items() if n >= most[room]} == {}
 
 
 # ---------------------------------------------------------------- imports and files
@@ -248,7 +257,9 @@ def test_arrows_point_one_way():
 
 def test_no_pickle_and_every_open_names_its_encoding():
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
-        assert not imports_of(path) & {"pickle", "dill", "cloudpickle"}
+        # One file reads other people's pickles, by an unpickler of its own that runs nothing.
+        allowed = {"pickle"} if path.name == "foreign.py" else set()
+        assert not imports_of(path) & {"pickle", "dill", "cloudpickle"} - allowed
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from t2ilearn.layers import Attention, KVCache, QuickGELU, ResidualBlock, TransformerBlock
+from t2ilearn.layers import (
+    Attention,
+    KVCache,
+    QuickGELU,
+    ResidualBlock,
+    SpatialAttention,
+    TransformerBlock,
+)
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 5, 12, 3
 
@@ -79,6 +86,56 @@ def test_a_silent_residual_block_passes_its_input_on_untouched(generator):
 def test_channels_that_no_group_norm_takes_are_refused(sizes):
     with pytest.raises(ValueError, match="multiples of 8, not"):
         ResidualBlock(*sizes)
+
+
+def test_a_residual_block_takes_other_groups_and_another_epsilon(generator):
+    block = made(ResidualBlock, 6, 3, 3, 0.5)
+    x = torch.randn(2, 6, 5, 6, generator=generator, dtype=torch.float64)
+    y = F.group_norm(x, 3, block.norm1.weight, block.norm1.bias, 0.5)
+    y = F.conv2d(F.silu(y), block.conv1.weight, block.conv1.bias, padding=1)
+    y = F.group_norm(y, 3, block.norm2.weight, block.norm2.bias, 0.5)
+    y = F.conv2d(F.silu(y), block.conv2.weight, block.conv2.bias, padding=1)
+    assert torch.allclose(block(x), block.skip(x) + y, atol=1e-12)
+    with pytest.raises(ValueError, match="multiples of 32, not 48"):
+        ResidualBlock(32, 48, groups=32)
+
+
+# ---------------------------------------------------------------- attention over places
+
+
+def test_spatial_attention_is_its_formula_place_by_place(generator):
+    layer = made(SpatialAttention, 6, 3, 0.5)
+    x = torch.randn(2, 6, 2, 3, generator=generator, dtype=torch.float64)
+    y = F.group_norm(x, 3, layer.norm.weight, layer.norm.bias, 0.5)
+    q, k, v = layer.q(y), layer.k(y), layer.v(y)
+    mean = torch.zeros_like(x)
+    for i, j in [(i, j) for i in range(2) for j in range(3)]:
+        scores = (q[:, :, i, j, None, None] * k).sum(1, keepdim=True) / math.sqrt(6)
+        weights = scores.flatten(1).softmax(1).view(2, 1, 2, 3)
+        mean[:, :, i, j] = (weights * v).sum((2, 3))
+    assert torch.allclose(layer(x), x + layer.out(mean), atol=1e-12)
+
+
+def test_spatial_attention_does_not_know_where_a_place_is(generator):
+    layer = made(SpatialAttention, 8)
+    x = torch.randn(1, 8, 3, 4, generator=generator, dtype=torch.float64)
+    assert torch.allclose(layer(x.mT), layer(x).mT, atol=1e-12)
+    assert torch.allclose(layer(x.flip(3)), layer(x).flip(3), atol=1e-12)
+
+
+def test_of_spatial_attention_every_parameter_counts_but_the_keys_bias(generator):
+    # It adds the same to every score of a place, and the softmax forgets that.
+    layer = made(SpatialAttention, 8)
+    x = torch.randn(2, 8, 3, 3, generator=generator, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad.abs().max() > 1e-3) == (name != "k.bias"), name
+
+
+def test_channels_that_spatial_attention_cannot_group_are_refused():
+    for sizes, said in [((12,), "multiples of 8, not 12"), ((48, 32), "multiples of 32, not 48")]:
+        with pytest.raises(ValueError, match=said):
+            SpatialAttention(*sizes)
 
 
 # ---------------------------------------------------------------- QuickGELU
@@ -308,6 +365,7 @@ def test_no_brick_changes_its_arguments(x, generator):
     before = [t.clone() for t in (x, picture, mask)]
     with torch.no_grad():
         made(ResidualBlock, 8, 16)(picture)
+        made(SpatialAttention, 8)(picture)
         made(Attention, WIDTH, HEADS)(x, mask)
         made(TransformerBlock, WIDTH, HEADS)(x, mask)
         made(TransformerBlock, WIDTH, HEADS)(x, cache=cache, is_causal=True)
