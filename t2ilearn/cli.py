@@ -24,7 +24,7 @@ app = typer.Typer(
 def draw(
     caption: Annotated[str, typer.Argument(help="What to draw, as an English sentence.")],
     system: Annotated[
-        str, typer.Option("--with", help="vqvae, vqvae-tiny, or a prior's run folder.")
+        str, typer.Option("--with", help="vqvae, vqgan, vqvae-tiny, or a prior's run folder.")
     ] = "vqvae",
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 4,
@@ -93,7 +93,7 @@ def terminal_picture(drawing: "Drawing", width: int = 100) -> str:
 @app.command()
 def train(
     system: Annotated[
-        str, typer.Argument(help="judge, reader, emoji-judge, vqvae, prior or pixelcnn.")
+        str, typer.Argument(help="judge, reader, emoji-judge, vqvae, prior, pixelcnn, vqgan …")
     ],
     preset: Annotated[str, typer.Option(help="tiny (a laptop) or book (a GPU).")] = "tiny",
     data: Annotated[

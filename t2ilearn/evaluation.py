@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from t2ilearn.data import CaptionedPictures, Emoji, Shapes, Together, Tokenizer, parse
+from t2ilearn.data.emoji_files import STYLES
 from t2ilearn.data.shapes import FIELDS
 from t2ilearn.drawing import GUIDANCE_SCALE, TOP_P, load_reader
 from t2ilearn.metrics import (
@@ -181,6 +182,12 @@ def _emoji_copies(model: VQVAE, world: Emoji, n: int) -> dict[str, Any]:
         for kind, pictures in (("reconstructions", back), ("real pictures", real)):
             for what, right in _shown(judge, pictures, scenes).items():
                 metrics[f"emoji, {what} on {kind}, {name}"] = share(right)
+        if name == "seen":  # each style has some hundreds there
+            for number, style in enumerate(STYLES):
+                own = scenes[:, 1] == number
+                if own.sum() > 1:
+                    far = _frechet(judge, real[own], back[own], generator)
+                    metrics[f"emoji, Fréchet distance in reader features, {style}"] = far
     return metrics
 
 
@@ -329,21 +336,28 @@ def draw_each(
 def _distances(
     judge: Reader, real: Tensor, fake: Tensor, generator: torch.Generator
 ) -> dict[str, Any]:
-    """How far two sets of pictures are apart, in the judge's features.
-
-    Their unit is the features' own spread: mean variance 1 over the real pictures.
-    """
-    a, b = judge.features(real), judge.features(fake)
-    spread = a.var(0).mean().sqrt()
-    a, b = a / spread, b / spread
+    """How far two sets of pictures are apart, in the judge's features."""
+    a, b = _spread_to_one(judge, real, fake)
     precision, recall = precision_recall(a, b)
     return {
-        "Fréchet distance in reader features": rounded(
-            bootstrap(frechet_distance, a, b, generator=generator, rounds=50)
-        ),
+        "Fréchet distance in reader features": _frechet(judge, real, fake, generator),
         "kernel distance": rounded(
             bootstrap(kernel_distance, a, b, generator=generator, rounds=20)
         ),
         "precision": round(precision, 4),
         "recall": round(recall, 4),
     }
+
+
+def _frechet(
+    judge: Reader, real: Tensor, fake: Tensor, generator: torch.Generator
+) -> dict[str, float]:
+    features = _spread_to_one(judge, real, fake)
+    return rounded(bootstrap(frechet_distance, *features, generator=generator, rounds=50))
+
+
+def _spread_to_one(judge: Reader, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Features in units of their own spread: mean variance 1 over the real pictures."""
+    a, b = judge.features(real), judge.features(fake)
+    spread = a.var(0).mean().sqrt()
+    return a / spread, b / spread

@@ -11,13 +11,15 @@
 | how the package does it | `show_source` |
 
 Each returns a matplotlib Figure that a notebook shows once, as the last line of a cell. Grounds
-are transparent and all writing is mid-grey, so that pages read by day and in dark mode.
+are transparent and all writing is mid-grey, so that pages read by day and in dark mode. Notebooks
+keep a caption beside its picture as well, as plain and as alternative text.
 
 Letters: B pictures, H and W their height and width.
 """
 
 import ast
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -62,12 +64,28 @@ def _axes(figure: Figure, ticks: bool = True) -> Axes:
     return axes
 
 
+def _lines(caption: str, width: float) -> str:
+    """A caption in lines of like length that a figure so many inches wide has room for."""
+    room = max(44, int(15.5 * width))  # letters of nine points
+    lines = math.ceil(len(caption) / room)
+    return textwrap.fill(caption, min(room, len(caption) // max(lines, 1) + 8))
+
+
+def _told(figure: Figure, caption: str) -> Figure:
+    """The same figure, whose caption a notebook keeps as text for those who cannot see it."""
+    said = {"text/plain": f"Figure: {caption}"}, {"image/png": {"alt": caption}}
+    figure.__dict__["_repr_mimebundle_"] = lambda **_: said  # IPython asks objects, not classes
+    return figure
+
+
 def captioned(figure: Figure, message: str) -> Figure:
     """The same figure with a sentence under everything else that says what to see in it."""
+    figure.draw_without_rendering()  # a layout may still move things
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()  # all in inches
     place = ((box.x0 + box.x1) / 2 / width, (box.y0 - 0.1) / height)
-    figure.text(*place, message, color=GREY, fontsize=9, ha="center", va="top")
-    return figure
+    text = _lines(message, box.x1 - box.x0)
+    figure.text(*place, text, color=GREY, fontsize=9, ha="center", va="top")
+    return _told(figure, message)
 
 
 def grid(
@@ -81,7 +99,7 @@ def grid(
     Args:
         titles: one a picture, wrapped above it; "" for none.
         columns: pictures in a row, at most.
-        caption: one line under all of them.
+        caption: what to see, under all of them.
 
     Raises:
         ValueError: if these are no pictures, or the titles are not as many.
@@ -98,7 +116,9 @@ def grid(
     rows = [wrapped[i : i + columns] for i in range(0, len(wrapped), columns)]
     heads = [line * max(t.count("\n") + bool(t) for t in row) for row in rows]  # inches
     width = columns * (cell + gap)
-    height = len(rows) * (cell + gap) + sum(heads) + (0.25 if caption else 0)
+    text = _lines(caption, width) if caption else ""
+    foot = 0.1 + line * (text.count("\n") + 1) if caption else 0
+    height = len(rows) * (cell + gap) + sum(heads) + foot
     figure, shown = _figure(width, height), pictures.detach().float().cpu().clamp(-1, 1)
     top = height
     for number, title in enumerate(wrapped):
@@ -111,9 +131,10 @@ def grid(
         axes.set_title(title, fontsize=8, color=GREY, pad=3)
         for spine in axes.spines.values():  # a white picture ends somewhere on a white page
             spine.set(color=GREY, linewidth=0.5)
-    if caption:
-        figure.text(0.5, 0.02 / height, caption, color=GREY, fontsize=9, ha="center", va="bottom")
-    return figure
+    if not caption:
+        return figure
+    figure.text(0.5, 0.02 / height, text, color=GREY, fontsize=9, ha="center", va="bottom")
+    return _told(figure, caption)
 
 
 def curves(

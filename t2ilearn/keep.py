@@ -1,8 +1,9 @@
 """Where training runs are kept, so that a machine that forgets does not take them along.
 
 A Colab machine is wiped when its time is up. `runs_folder` keeps runs on Google Drive where that is
-mounted, and says what to do where it is not; `pack` makes one file of a run, to be downloaded, and
-`unpack` brings it back: training then goes on at its last checkpoint.
+mounted, and says what to do where it is not; `lab_folder` does so for the labs of the chapters.
+`pack` makes one file of a run, to be downloaded, and `unpack` brings it back: training then goes on
+at its last checkpoint.
 
     runs = runs_folder()
     train_system("prior", "tiny", runs)
@@ -10,6 +11,7 @@ mounted, and says what to do where it is not; `pack` makes one file of a run, to
     unpack("prior-tiny.zip", runs)           # on another machine, another day
 """
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -36,8 +38,27 @@ def runs_folder() -> Path:
 
     Warns on a Colab machine without Drive, since all will be lost with it.
     """
-    if not on_colab():
-        return Path("runs")
+    return _colab_folder() if on_colab() else Path("runs")
+
+
+def lab_folder(lab: str) -> Path:
+    """The folder for the runs that a reader trains in a lab.
+
+    On a Colab machine it is `lab` within `runs_folder()`, with its warning, and a lab that is run
+    again goes on where it was. Elsewhere it is new and empty, and goes when Python goes: a lab that
+    is run again starts from nothing, and leaves nothing behind. `pack` what you want to keep.
+
+    Args:
+        lab: its name, such as "vqvae-lab".
+    """
+    if on_colab():
+        return _colab_folder() / lab
+    folder = tempfile.mkdtemp(prefix=f"{lab}-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _colab_folder() -> Path:
     if DRIVE.is_dir():
         return DRIVE / NAME
     warnings.warn(
@@ -45,7 +66,7 @@ def runs_folder() -> Path:
         "mounted. Either mount it first (from google.colab import drive; "
         "drive.mount('/content/drive')), or download the run when it is done: "
         "t2ilearn.keep.pack(run_folder) makes one file of it.",
-        stacklevel=2,
+        stacklevel=3,  # where the caller of the public function stands
     )
     return Path("runs")
 

@@ -8,6 +8,7 @@ function of the system. Every run writes its weights and its card into `RUNS/SYS
 what the card says was measured on the weights as they come back from that file.
 """
 
+import copy
 import json
 import platform
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from t2ilearn.data import (
 from t2ilearn.data.bpe import SHARED_LENGTH
 from t2ilearn.data.captions import BACKGROUNDS
 from t2ilearn.data.emoji_files import STYLES
-from t2ilearn.drawing import PRIORS, load_vqvae
+from t2ilearn.drawing import CODES_OF, PRIORS, load_reader, load_vqvae
 from t2ilearn.evaluation import (
     blur,
     evaluate_emoji_judge,
@@ -46,6 +47,7 @@ from t2ilearn.evaluation import (
 from t2ilearn.prior import Prior, PriorConfig, drop_captions, prior_loss, sample
 from t2ilearn.reader import Reader, ReaderConfig, junk, reader_loss
 from t2ilearn.training import TrainConfig, TrainingError, TrainResult, train
+from t2ilearn.vqgan import VQGAN, Critic, CriticConfig, Objective, Players, perceptual_distance
 from t2ilearn.vqvae import VQVAE, VQVAEConfig, vqvae_loss
 
 
@@ -59,6 +61,8 @@ class Recipe:
     train: TrainConfig
     split: str = "train"
     tokenizer: Callable[[], Tokenizer] = WordTokenizer
+    critic: CriticConfig | None = None  # of a VQGAN, and what the two are trained for
+    objective: Objective | None = None
 
 
 def both_worlds() -> Together:
@@ -98,6 +102,20 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("vqvae", "book"): Recipe(
         both_worlds, _BOOK_VQVAE, TrainConfig(24_000, 16, 1e-3, gradient_clip=0.2, ema_decay=0.999)
     ),
+    ("vqgan", "tiny"): Recipe(
+        TinyShapes,
+        _TINY_VQVAE,
+        TrainConfig(6000, 16, 2e-3, gradient_clip=0.2, ema_decay=0.995),
+        critic=CriticConfig(width=16, levels=1),
+        objective=Objective(pixels=2.0, adversarial=0.4),
+    ),
+    ("vqgan", "book"): Recipe(
+        both_worlds,
+        _BOOK_VQVAE,
+        TrainConfig(24_000, 16, 1e-3, gradient_clip=0.2, ema_decay=0.999),
+        critic=CriticConfig(width=32, levels=2),
+        objective=Objective(pixels=2.0, adversarial=0.4),
+    ),
     ("prior", "tiny"): Recipe(
         TinyShapes,
         PriorConfig(codes=256, width=96, depth=3, heads=3, vocabulary=WORDS.vocabulary),
@@ -122,11 +140,26 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ),
 }
 
+for _preset in ("tiny", "book"):  # the second stage is chapter 3's
+    RECIPES["vqgan-prior", _preset] = RECIPES["prior", _preset]
+
+# What each part of a VQGAN's loss is good for: the same training without it.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "vqgan-no-critic": {"adversarial": 0.0},
+    "vqgan-no-perceptual": {"perceptual": 0.0},
+    "vqgan-fixed-weight": {"adaptive": False},
+}
+for _name, _changes in ABLATIONS.items():
+    _whole = RECIPES["vqgan", "tiny"]
+    assert _whole.objective is not None
+    RECIPES[_name, "tiny"] = replace(_whole, objective=replace(_whole.objective, **_changes))
+
 # Pictures that a prior learns from; those of a folder are moved a little each time.
 CODES_PER_WORLD = {"tiny-shapes": 20_000, "shapes + emoji": 150_000, "folder": 20_000}
 FOLDER_SHIFT = 2  # pixels
 WARM_UP = 300  # steps without a codebook, so that it can start at the centres of real encodings
 REVIVE_EVERY = 50  # steps; late in training the codebook is left in peace
+PLAYERS_BETAS = (0.5, 0.9)  # of AdamW: who plays against somebody should not remember for long
 DROP_CAPTIONS = 0.1  # the share of a prior's captions that say nothing, so that guidance works
 
 
@@ -140,6 +173,12 @@ BARS: dict[tuple[str, str], dict[str, float]] = {
         "judge on reconstructions": 0.92,
         "emoji, concept on reconstructions, held-out": 0.75,
     },
+    ("vqgan", "book"): {
+        "codebook usage": 0.9,
+        "judge on reconstructions": 0.96,
+        "emoji, concept on reconstructions, held-out": 0.9,
+    },
+    ("vqgan-prior", "book"): {"test-full, as drawn": 0.95},
     ("prior", "tiny"): {"test-full, as drawn": 0.8},
     ("prior", "book"): {
         "test-full, as drawn": 0.86,
@@ -209,8 +248,9 @@ class Job:
         weights.write_atomically(path, json.dumps(learns_from).encode("utf-8"))
 
     def vqvae(self) -> tuple[VQVAE, str]:
-        """The VQ-VAE whose codes a prior learns, and its SHA-256: this folder's, or the shipped."""
-        name = f"vqvae-{self.preset}"
+        """The VQ-VAE, or VQGAN, whose codes a prior learns, and its SHA-256: this folder's, or the
+        shipped."""
+        name = f"{CODES_OF[self.system]}-{self.preset}"
         own = self.runs / name / f"{name}.safetensors"
         found = own if own.exists() else name
         return load_vqvae(found), weights.load(found).card["sha256"]
@@ -229,12 +269,13 @@ def train_system(
     """Train one part by its recipe, measure it, and write weights and card.
 
     Args:
-        system: "judge", "reader", "emoji-judge", "vqvae", "prior" or "pixelcnn".
+        system: "judge", "reader", "emoji-judge", "vqvae", "prior", "pixelcnn", "vqgan",
+            "vqgan-prior", or one of `ABLATIONS`.
         preset: "tiny" or "book".
         runs: the folder for runs; an interrupted run is resumed from there. By default "runs", or
             "runs/NAME" for a data folder of that name.
         data: a folder of pictures of your own with a captions.csv, to train on instead of the
-            recipe's world; see `data.Folder`. For "vqvae", "prior" and "pixelcnn".
+            recipe's world; see `data.Folder`. For all but the readers.
         steps: fewer or more steps than the recipe's.
         precision: "no", "bf16" or "fp16"; by default what suits the device.
 
@@ -278,6 +319,8 @@ def train_system(
         "command": _command(system, preset, data, steps, precision),
         "version": __version__,
     }
+    if recipe.critic is not None and recipe.objective is not None:
+        card |= {"critic": asdict(recipe.critic), "objective": asdict(recipe.objective)}
     if isinstance(tokenizer, CaptionTokenizer) and isinstance(recipe.model, PriorConfig):
         card["tokenizer"] = tokenizer.save(job.runs / job.name / "tokenizer.json")
     path = weights.save(job.runs / job.name, job.name, result.model.state_dict(), card)
@@ -378,43 +421,78 @@ def _evaluate_reader(job: Job, reader: nn.Module) -> dict[str, Any]:
 
 
 def _train_vqvae(job: Job) -> TrainResult:
+    torch.manual_seed(job.recipe.train.seed)
+    model = VQVAE(job.recipe.model)
+
+    def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
+        x, _, quantize = batch
+        return vqvae_loss(x, model(x, quantize), beta=job.recipe.model.beta)
+
+    return _train_codes(job, model, model, compute_loss)
+
+
+def _train_codes(
+    job: Job, model: nn.Module, vqvae: VQVAE, compute_loss: Any, **options: Any
+) -> TrainResult:
+    """Train a model of which `vqvae` is the whole or a part. Its batches are (pictures, share of
+    the training that is behind us, whether the decoder hears codes yet)."""
     world, recipe = job.world, job.recipe
     steps, warm_up = recipe.train.steps, min(WARM_UP, recipe.train.steps // 4)
-    torch.manual_seed(recipe.train.seed)
-    model = VQVAE(recipe.model)
 
     def pictures(n: int, generator: torch.Generator) -> Tensor:
         scenes = world.scenes(n, recipe.split, generator=generator)
         return world.pictures(scenes, generator)
 
-    def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, bool]:
-        return pictures(recipe.train.batch_size, generator), step >= warm_up
-
-    def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
-        x, quantize = batch
-        return vqvae_loss(x, model(x, quantize), beta=recipe.model.beta)
+    def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, float, bool]:
+        return pictures(recipe.train.batch_size, generator), step / steps, step >= warm_up
 
     def tend_codes(_: nn.Module, batch: Any, step: int, generator: torch.Generator) -> None:
-        x, quantize = batch
+        x, progress, quantize = batch
         if step == warm_up - 1:
-            model.kmeans_start(pictures(256, generator).to(x.device), generator)
-        elif quantize and step % REVIVE_EVERY == 0 and step < 0.7 * steps:
-            model.revive(x, generator)
+            vqvae.kmeans_start(pictures(256, generator).to(x.device), generator)
+        elif quantize and step % REVIVE_EVERY == 0 and progress < 0.7:
+            vqvae.revive(x, generator)
 
     examples = world.test_set(world.test_sets[0], 8).pictures
 
     def draw_samples(_: nn.Module) -> Tensor:
-        x = examples.to(next(model.parameters()).device)
-        return torch.cat([x, model.decode_tokens(model.tokens(x))])
+        x = examples.to(next(vqvae.parameters()).device)
+        return torch.cat([x, vqvae.decode_tokens(vqvae.tokens(x))])
 
     return job.train(
-        model, make_batch, compute_loss, after_step=tend_codes, draw_samples=draw_samples
+        model, make_batch, compute_loss, after_step=tend_codes, draw_samples=draw_samples, **options
     )
 
 
 def _evaluate_vqvae(job: Job, model: nn.Module) -> dict[str, Any]:
     assert isinstance(model, VQVAE)
     return evaluate_vqvae(model, job.world)
+
+
+# --- VQGAN -------------------------------------------------------------------------------------
+
+
+def _train_vqgan(job: Job) -> TrainResult:
+    """Chapter 2's model against a critic; what pictures look like, the training reader says."""
+    recipe = job.recipe
+    assert recipe.objective is not None and recipe.critic is not None
+    torch.manual_seed(recipe.train.seed)
+    model = VQGAN(recipe.model)
+    trunk = copy.deepcopy(load_reader("reader")).requires_grad_(False)  # it may change device
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        return perceptual_distance(trunk.to(x.device).trunk, x, y)
+
+    def compute_loss(players: nn.Module, batch: Any, generator: torch.Generator) -> Any:
+        return players(*batch)
+
+    players = Players(model, Critic(recipe.critic), recipe.objective, distance)
+    return _train_codes(job, players, model, compute_loss, betas=PLAYERS_BETAS)
+
+
+def _evaluate_vqgan(job: Job, players: nn.Module) -> dict[str, Any]:
+    assert isinstance(players, Players)
+    return evaluate_vqvae(players.generator, job.world)
 
 
 # --- priors over its codes ---------------------------------------------------------------------
@@ -468,6 +546,8 @@ _SYSTEMS: dict[str, tuple[Callable[[Job], TrainResult], Callable[[Job, nn.Module
     "reader": (_train_reader, _evaluate_reader),
     "emoji-judge": (_train_reader, _evaluate_reader),
     "vqvae": (_train_vqvae, _evaluate_vqvae),
+    **dict.fromkeys(["vqgan", *ABLATIONS], (_train_vqgan, _evaluate_vqgan)),
     "prior": (_train_prior, _evaluate_prior),
+    "vqgan-prior": (_train_prior, _evaluate_prior),
     "pixelcnn": (_train_prior, _evaluate_prior),
 }

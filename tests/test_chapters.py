@@ -3,6 +3,7 @@
 Parts are cell tags: what a reader finds in one chapter is found under the same name in the next.
 """
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -96,6 +97,57 @@ def test_five_questions_and_at_least_four_exercises(name):
 
 @pytest.mark.parametrize("name", [name for name, _ in KINDS])
 def test_the_budget_card_is_shown(name):
-    lab = ", lab=True" if name.endswith("_lab") else ""
-    call = f"card({int(name.split('_')[0])}{lab})"
-    assert [cell["source"] for cell in cells(name) if call in cell["source"]]
+    assert card_call(name)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def card_call(name: str) -> ast.Call:
+    """The call of `card` in a notebook, of the right chapter."""
+    number, lab = int(name.split("_")[0]), ", lab=True" if name.endswith("_lab") else ""
+    (source,) = [c["source"] for c in cells(name) if re.match(r"card\(\d", c["source"])]
+    assert source.startswith(f"card({number}{lab}")
+    return ast.parse(source).body[0].value
+
+
+@pytest.mark.parametrize("name", [name for name, _ in KINDS])
+def test_every_figure_has_a_caption(name):
+    """Pictures of figures, and frames: the caption is stored beside them, as text."""
+    shown = [
+        (cell["id"], output)
+        for cell in cells(name)
+        if cell["cell_type"] == "code"
+        for output in cell["outputs"]
+        if "image/png" in output.get("data", {})
+    ]
+    assert shown
+    for cell, output in shown:
+        text = "".join(output["data"]["text/plain"])
+        assert re.match(r"Figure: \S+ \S+", text), f"{name}, {cell}: captioned(…) or caption="
+        assert output["metadata"]["image/png"]["alt"] in text
+    book = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
+    (widgets,) = book["metadata"]["widgets"].values()
+    for state in (model["state"] for model in widgets["state"].values()):
+        if "frames" in state:
+            assert all(state["captions"]) and len(state["captions"]) == len(state["frames"])
+            assert state["title"] != "Frames"
+
+
+@pytest.mark.parametrize("name", [name for name, _ in KINDS])
+def test_the_card_names_the_command_behind_every_figure(name):
+    """The cell itself, and for all weights at work in it the command on their card."""
+    title = next(c["source"] for c in cells(name) if "part-card" in c["metadata"].get("tags", []))
+    assert "| **Figures** | each is made by the cell above it; the weights" in title
+    (named,) = [k.value for k in card_call(name).keywords if k.arg == "weights"]
+    book = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
+    used = book["metadata"]["t2ilearn"]["made_from"]["weights"]
+    assert sorted(ast.literal_eval(named)) == sorted(used)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in KINDS])
+def test_a_recorded_run_stands_under_the_command_that_made_it(name):
+    for cell in cells(name):
+        for run in re.findall(r'ASSETS / "flights" / "([\w-]+)"', cell["source"]):
+            said = f'load("{run}").card["command"]'
+            assert said in " ".join(c["source"] for c in cells(name)), f"{cell['id']}: {run}"

@@ -1,5 +1,5 @@
-"""On Colab: a chapter's first cell fetches what is missing and nothing else, and the widgets run on
-the older versions that wait there."""
+"""On Colab: a chapter's first cell fetches what is missing and nothing else, and the chapters and
+their widgets run on the older versions that wait there."""
 
 import importlib.util
 import os
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -126,3 +127,115 @@ def test_widgets_are_made_on_colabs_versions(colab_packages):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split("made ")[1]) > 0
+
+
+# Runs after a chapter, in its kernel. `tell` is what a front end does when a button is pressed.
+PLAY = """
+import anywidget, ipywidgets
+
+assert ipywidgets.__version__ == "7.7.1", ipywidgets.__file__
+assert anywidget.__version__ == "0.9.21", anywidget.__file__
+
+
+def tell(widget, **data):
+    widget._handle_msg({"content": {"data": data}, "buffers": []})
+
+
+def press(button):
+    tell(button, method="custom", content={"event": "click"})
+
+
+def choose(widget, **state):
+    tell(widget, method="update", state=state, buffer_paths=[])
+
+
+def inside(widget):
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from inside(child)
+"""
+PRESS = {
+    "01_pictures": """
+import t2ilearn
+
+studio = t2ilearn.studio()
+choose(studio.caption, value="a large red star")
+choose(studio.count, value=1)
+press(studio.draw_button)
+assert "a large red star" in studio.picture.value, studio.message.value
+assert "data:image/png" in studio.picture.value
+""",
+    "02_vqvae": """
+painter = list(inside(live_painter(vqvae, tokens[0])))
+(shown,) = [part for part in painter if isinstance(part, ipywidgets.HTML)]
+(hand,) = [part for part in painter if isinstance(part, ipywidgets.BoundedIntText)]
+square, *_, again = [part for part in painter if isinstance(part, ipywidgets.Button)]
+other = (int(square.description) + 1) % K
+before = shown.value
+assert "0 of 64 tokens are painted over" in before
+choose(hand, value=other)
+press(square)
+assert square.description == str(other)
+assert "1 of 64 tokens are painted over" in shown.value
+assert shown.value.split("<p")[0].split("src=")[1] != before.split("<p")[0].split("src=")[1]
+press(again)
+assert shown.value == before
+""",
+}
+# What labs show beyond their chapters, in cells that need nothing but the lab's imports.
+LAB_CELLS = {
+    "01_pictures": ["studio-box"],
+    "02_vqvae": ["book-record"],
+    "03_priors": ["record"],
+}
+
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def views(cell: nbformat.NotebookNode) -> list[str]:
+    """The model ids of the widgets among a cell's outputs."""
+    shown = [output.get("data", {}).get(VIEW) for output in cell.get("outputs", [])]
+    return [view["model_id"] for view in shown if view]
+
+
+def colab_run(name: str) -> nbformat.NotebookNode:
+    """A chapter, its lab's cells that only show a widget, and a hand that presses buttons."""
+    chapter, lab = (
+        nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
+        for stem in (name, f"{name}_lab")
+    )
+    added = {cell.id: cell for cell in lab.cells}
+    for key in ("imports", *LAB_CELLS[name]):
+        assert key in added, f"{name}_lab has no cell {key} any more; name another in LAB_CELLS"
+        added[key].id = f"lab-{key}"
+        chapter.cells.append(added[key])
+    chapter.cells.append(new_code_cell(PLAY + PRESS.get(name, ""), id="hand"))
+    chapter.metadata.pop("widgets")
+    for cell in chapter.cells:
+        if cell.cell_type == "code":
+            cell.metadata["wanted"] = len(views(cell))
+            cell.outputs = []
+    return chapter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAB_CELLS)
+def test_a_chapter_runs_on_colabs_versions_and_its_buttons_work(name, colab_packages, tmp_path):
+    path = tmp_path / f"{name}.ipynb"
+    path.write_text(nbformat.writes(colab_run(name)), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "run_notebooks.py", path],
+        env={**os.environ, "PYTHONPATH": str(colab_packages)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = nbformat.read(path, as_version=4)
+    states = ran.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    for cell in ran.cells:
+        if cell.cell_type == "code" and cell.id != "hand":
+            assert len(views(cell)) == cell.metadata.wanted, f"{cell.id} shows other widgets"
+            for model in views(cell):
+                state = states[model]["state"]
+                assert "_esm" in state or state["_view_module"] == "@jupyter-widgets/controls"

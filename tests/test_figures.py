@@ -163,3 +163,47 @@ def test_a_caption_stands_below_everything_else():
     assert len(figure.texts) == texts + 1 and figure.texts[-1].get_text() == "It falls."
     drawn = figure.texts[-1].get_window_extent()
     assert drawn.y1 / figure.dpi <= before.y0 and figure.get_tightbbox().y0 < before.y0
+
+
+def test_a_caption_stands_below_what_a_layout_has_moved():
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for panel in panels:
+        panel.set(xticks=[], yticks=[], aspect="equal")
+    plt.close(figure)
+    captioned(figure, "Two squares.")
+    figure.draw_without_rendering()
+    lowest = min(panel.get_window_extent().y0 for panel in panels)
+    assert figure.texts[-1].get_window_extent().y1 <= lowest
+
+
+def test_a_long_caption_is_written_in_lines_that_its_figure_has_room_for():
+    words = "a caption of many words that says what to see, and then says a little more of it. " * 2
+    for figure in (grid(torch.zeros(3, 3, 4, 4), caption=words), captioned(curves(CURVES), words)):
+        (text,) = figure.texts
+        assert text.get_text().count("\n") >= 1 and text.get_text().split() == words.split()
+        box = text.get_window_extent()
+        assert box.width < 1.1 * figure.get_tightbbox().width * figure.dpi
+    above = grid(torch.zeros(3, 3, 4, 4), caption=words)
+    (text,) = above.texts
+    lowest = min(axes.get_window_extent().y0 for axes in above.axes)
+    assert 0 <= text.get_window_extent().y0 and text.get_window_extent().y1 <= lowest
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_notebook_keeps_a_caption_beside_its_picture(plain):
+    from IPython.core.interactiveshell import InteractiveShell
+    from matplotlib_inline.backend_inline import select_figure_formats
+
+    shell = InteractiveShell.instance()
+    try:
+        select_figure_formats(shell, {"png"})
+        figure = curves(CURVES) if plain else captioned(curves(CURVES), "It falls.")
+        data, metadata = shell.display_formatter.format(figure)
+    finally:
+        InteractiveShell.clear_instance()
+    assert len(data["image/png"]) > 1000
+    if plain:
+        assert data["text/plain"].startswith("<Figure size") and not metadata
+    else:
+        assert data["text/plain"] == "Figure: It falls."
+        assert metadata == {"image/png": {"alt": "It falls."}}

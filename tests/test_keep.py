@@ -1,14 +1,24 @@
 """Runs survive a machine that forgets: on Drive, or as one file that training goes on from."""
 
+import ast
+import json
+import subprocess
+import sys
 import warnings
 import zipfile
+from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from t2ilearn import keep, recipes, weights
-from t2ilearn.keep import RunFileError, pack, runs_folder, unpack
+from t2ilearn import keep, recipes, training, weights
+from t2ilearn.keep import RunFileError, lab_folder, pack, runs_folder, unpack
 from t2ilearn.recipes import train_system
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 @pytest.fixture
@@ -121,6 +131,138 @@ def test_colab_keeps_runs_on_drive_or_warns(tmp_path, monkeypatch):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
     monkeypatch.setattr(keep, "DRIVE", tmp_path)
     assert runs_folder() == tmp_path / "t2ilearn-runs"
+    assert lab_folder("a-lab") == tmp_path / "t2ilearn-runs" / "a-lab" == lab_folder("a-lab")
     monkeypatch.setattr(keep, "DRIVE", tmp_path / "not mounted")
-    with pytest.warns(UserWarning, match="pack"):
-        assert str(runs_folder()) == "runs"
+    for folder, wanted in ((runs_folder, "runs"), (lambda: lab_folder("a-lab"), "runs/a-lab")):
+        with pytest.warns(UserWarning, match="pack"):
+            assert folder().as_posix() == wanted
+
+
+def test_elsewhere_a_lab_gets_a_new_folder_that_goes_when_python_goes(monkeypatch):
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    code = """
+from t2ilearn.keep import lab_folder
+one, two = lab_folder("a-lab"), lab_folder("a-lab")
+assert one != two and one.is_dir() and not any(two.iterdir())
+(one / "checkpoint").write_text("weights", encoding="utf-8")
+print(one, two, sep="\\n")
+"""
+    command = [sys.executable, "-W", "error", "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert len(said) == 2 and not any(Path(folder).exists() for folder in said)
+
+
+# ---------------------------------------------------------------- the labs, on a pretended Colab
+
+STEPS, STOP = 6, 3
+# The cells that lead to a lab's own run, its folder and itself; its model's name; its folder's.
+LABS = {
+    "01_pictures_lab": ("imports recipe forecast run train-reader", "reader", "first-6"),
+    "02_vqvae_lab": ("imports learn forecast train-folder train-run", "own", "small"),
+    "03_priors_lab": ("imports train-data forecast train-folder train-run", "mine", "small"),
+}
+
+
+def cells_of(lab: str) -> dict[str, str]:
+    """The sources of a lab's code cells."""
+    book = json.loads((NOTEBOOKS / f"{lab}.ipynb").read_text(encoding="utf-8"))
+    return {c["id"]: "".join(c["source"]) for c in book["cells"] if c["cell_type"] == "code"}
+
+
+class Unsure(ast.NodeTransformer):
+    """Code that asserts nothing."""
+
+    def visit_Assert(self, node: ast.Assert) -> ast.Pass:
+        return ast.Pass()
+
+
+class Reader:
+    """Who runs a lab's cells, but for what they assert of the quality of a whole run."""
+
+    def __init__(self, lab: str) -> None:
+        self.cells, self.names = cells_of(lab), {}
+        cells, self.model, self.run_name = LABS[lab]
+        *before, self.folder, self.training = cells.split()
+        for cell in before:
+            self.run(self.cells[cell], whole=cell != "forecast")
+        for sizes in (self.names.get("RUNS"), self.names.get("sizes")):  # six steps of hundreds
+            for size, (model, plan) in (sizes or {}).items():
+                sizes[size] = model, replace(plan, steps=STEPS)
+        self.names |= {"STEPS": STEPS, "train": self.train}
+
+    def run(self, source: str, whole: bool = True) -> None:
+        """A cell, or what it says before its first block: a forecast is not what is tested."""
+        tree = Unsure().visit(ast.parse(source))
+        if not whole:
+            tree.body = [*takewhile(lambda n: not isinstance(n, ast.For | ast.With), tree.body)]
+        exec(compile(ast.fix_missing_locations(tree), "cell", "exec"), self.names)
+
+    def train(self, model, make_batch, *arguments, **options):
+        """`train`, and somebody who presses the stop button."""
+
+        def make(number, generator):
+            if number == self.stop:
+                raise KeyboardInterrupt
+            return make_batch(number, generator)
+
+        return training.train(model, make, *arguments, **options)
+
+    def sit(self, brought: str = "", stop: int | None = None) -> tuple[int, dict]:
+        """Train, and take the run along: steps done so far, and the weights."""
+        self.stop = stop
+        assert 'BROUGHT = ""' in self.cells[self.folder]
+        self.run(self.cells[self.folder].replace('BROUGHT = ""', f"BROUGHT = {brought!r}"))
+        self.run(self.cells[self.training])
+        self.run(self.cells["take-along"])
+        return self.names["result"].steps_done, self.names[self.model].state_dict()
+
+
+@pytest.fixture
+def colab(tmp_path, monkeypatch):
+    """A pretended Colab machine, Drive not mounted: the files that it downloaded."""
+    downloaded, files = [], ModuleType("google.colab.files")
+    files.download = downloaded.append
+    package = ModuleType("google.colab")
+    package.files = files
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    monkeypatch.setattr(keep, "DRIVE", tmp_path / "drive")
+    return downloaded
+
+
+@pytest.mark.filterwarnings("ignore:This Colab machine forgets")
+@pytest.mark.parametrize("lab", LABS)
+def test_a_labs_run_survives_a_colab_machine(lab, colab, tmp_path, monkeypatch, unchecked):
+    """Stopped on one machine and gone on with on the next, by a file or by Drive: the same weights
+    as in one sitting."""
+
+    def machine(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        return tmp_path / name
+
+    first = machine("first")
+    reader = Reader(lab)
+    assert reader.sit(stop=STOP)[0] == STOP
+    (file,) = colab
+    assert (first / file).is_file()
+    machine("second")
+    steps, by_file = reader.sit(brought=str(first / file))
+    assert steps == STEPS and len(colab) == 2
+
+    third, drive = machine("third"), tmp_path / "drive"
+    drive.mkdir()
+    reader.run(reader.cells["imports"])  # which look for Drive
+    reader.names["train"] = reader.train
+    assert reader.sit(stop=STOP)[0] == STOP
+    steps, by_drive = reader.sit()
+    assert steps == STEPS and len(colab) == 2, "what lies on Drive needs no download"
+    assert [run.name for run in drive.glob("t2ilearn-runs/*/*")] == [reader.run_name]
+    assert not any(third.iterdir())
+
+    drive.rename(tmp_path / "another drive")
+    drive.mkdir()
+    steps, whole = reader.sit()
+    assert steps == STEPS
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, by_file[name]) and torch.equal(tensor, by_drive[name]), name

@@ -1,4 +1,4 @@
-"""`make lab` serves chapter 1 on this machine only, to whoever holds the token. A signed notebook
+"""`make lab` serves chapter 1 on this machine only, to whoever holds the token. A signed chapter
 shows its stored widgets there before any cell runs, and is not marked as unsaved."""
 
 import json
@@ -20,6 +20,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 READY = (Path(sys.prefix) / ".has-lab").exists() and shutil.which("make") is not None
 CHAPTER = "notebooks/01_pictures.ipynb"
+ALIVE = ROOT / "notebooks" / "02_vqvae.ipynb"  # its widgets are dragged, slid and clicked
+# Notes, in a file, the addresses that Jupyter's server and its kernel look up or connect to.
+NOTES = """
+import os, sys
+
+
+def note(event, args):
+    where = {"socket.connect": args[-1:], "socket.getaddrinfo": args[:1]}.get(event)
+    if where:
+        host = where[0][0] if isinstance(where[0], tuple) else where[0]
+        with open(os.environ["T2ILEARN_NOTED"], "a", encoding="utf-8") as file:
+            file.write(f"{host.decode() if isinstance(host, bytes) else host or ''}\\n")
+
+
+sys.addaudithook(note)
+"""
 
 
 def status(url: str) -> tuple[int, bytes]:
@@ -77,32 +93,39 @@ def test_make_lab_serves_chapter_one_behind_its_token(lab):
 
 
 @pytest.fixture
-def signed(store_toy, tmp_path):
-    """The address of a JupyterLab of its own that opens the toy notebook, signed."""
-    store_toy(tmp_path / "toy.ipynb")
-    # The same settings that `make lab` gives the kernel; everything else is made anew.
-    settings = f"{sys.prefix}/etc/ipython/ipython_kernel_config.py"
-    subprocess.run(["make", settings, f"VENV={sys.prefix}"], cwd=ROOT, check=True)
+def signed(tmp_path):
+    """A JupyterLab of its own, as `make lab` sets it up, that opens a signed copy of a chapter: its
+    address, and the file of addresses that server and kernel reach for."""
+    shelf, noted = tmp_path / "shelf", tmp_path / "noted"
+    shelf.mkdir()
+    shutil.copy(ALIVE, shelf)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NOTES, encoding="utf-8")
+    # The settings of `make lab`; everything else of Jupyter's is made anew.
+    settings = ("etc/ipython/ipython_kernel_config.py", "share/jupyter/lab/settings/overrides.json")
+    made = [f"{sys.prefix}/{name}" for name in settings]
+    subprocess.run(["make", *made, f"VENV={sys.prefix}"], cwd=ROOT, check=True)
     places = ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
     environment = {**os.environ, **{name: str(tmp_path / name) for name in places}}
+    environment |= {"PYTHONPATH": str(tmp_path / "site"), "T2ILEARN_NOTED": str(noted)}
     jupyter = Path(sys.executable).parent / "jupyter"
-    trust = [jupyter, "trust", tmp_path / "toy.ipynb"]
+    trust = [jupyter, "trust", shelf / ALIVE.name]
     subprocess.run(trust, env=environment, check=True, capture_output=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
-    options += [f"--ServerApp.port={port}", "--IdentityProvider.token=toy"]
-    command = [jupyter, "lab", *options, f"--ServerApp.root_dir={tmp_path}"]
+    options += [f"--ServerApp.port={port}", "--IdentityProvider.token=chapter"]
+    command = [jupyter, "lab", *options, f"--ServerApp.root_dir={shelf}"]
     with (tmp_path / "log").open("w", encoding="utf-8") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
-        while status(f"http://127.0.0.1:{port}/api/status?token=toy")[0] != 200:
+        while status(f"http://127.0.0.1:{port}/api/status?token=chapter")[0] != 200:
             if time.monotonic() > deadline or server.poll() is not None:
                 pytest.fail((tmp_path / "log").read_text(encoding="utf-8")[-2000:])
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/lab/tree/toy.ipynb?token=toy"
+        yield f"http://127.0.0.1:{port}/lab/tree/{ALIVE.name}?token=chapter", noted
     finally:
         server.terminate()
         server.wait(timeout=30)
@@ -110,21 +133,55 @@ def signed(store_toy, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not READY, reason="not run by make test, or no JupyterLab here")
-def test_a_signed_notebook_shows_its_stored_widgets_and_stays_saved(signed):
-    asked = []
+def test_a_signed_chapter_shows_its_widgets_before_any_cell_runs_and_stays_saved(signed):
+    address, noted = signed
+    stored = json.loads(ALIVE.read_text(encoding="utf-8"))
+    counts = [c["execution_count"] for c in stored["cells"] if c["cell_type"] == "code"]
+    wanted = ALIVE.read_text(encoding="utf-8").count('"_anywidget_id"')
+    asked, sent = [], []
     with conftest.headless_browser() as browser:
+        from playwright.sync_api import expect
+
+        expect.set_options(timeout=20_000)
         page = browser.new_page()
         page.on("request", lambda request: asked.append(request.url))
-        page.goto(signed)
-        says = page.locator(".toy-says")
-        says.wait_for(timeout=90_000)  # no cell has run
-        assert says.inner_text() == "value 3"
+
+        def listen(wire):
+            wire.on("framesent", lambda m: sent.append(m.encode() if isinstance(m, str) else m))
+
+        page.on("websocket", listen)
+        page.goto(address)
         idle = page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
-        idle.wait_for(timeout=60_000)  # the kernel has said what it is
+        idle.wait_for(timeout=90_000)  # the kernel has said what it is
+        shown = "document.querySelectorAll('.t2i[role=group]').length"
+        page.wait_for_function(f"{shown} >= {wanted} && {wanted} > 0", timeout=90_000)
+        page.locator(".widget-toggle-buttons").first.wait_for(timeout=30_000)  # the live painter's
         page.wait_for_timeout(1000)
         assert page.locator(".jp-mod-dirty").count() == 0
-        page.locator(".toy-more").press("ArrowUp")
-        assert says.inner_text() == "value 4"
-        assert page.locator(".widget-readout").inner_text() == "4"
-    own = signed.split("/lab/")[0]
-    assert [url for url in asked if not url.startswith((own, "data:", "blob:"))] == []
+
+        stairs = page.get_by_role("group", name="Straight through a staircase", exact=True).first
+        says = stairs.locator("[aria-live]")
+        expect(says).to_have_text(re.compile(r"^z = −?\d"))
+        before = says.inner_text()
+        stairs.get_by_role("slider", name="Encoding z").press("ArrowRight")
+        expect(says).not_to_have_text(before)  # it speaks when it rests
+        expect(says).to_have_text(re.compile(r"^z = −?\d"))
+
+        player = page.get_by_role("group", name=re.compile("painter")).first
+        says, picture = player.locator("[aria-live]"), player.locator("img")
+        expect(says).to_contain_text("Frame 1 of")
+        before = picture.get_attribute("src")
+        player.locator("input[type=range]").last.click()  # the mouse, half-way
+        expect(says).not_to_contain_text("Frame 1 of")
+        expect(says).to_contain_text("Frame ")
+        assert picture.get_attribute("src") != before
+
+        prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt").all_text_contents()
+        assert prompts == [f"[{count}]:" for count in counts]
+        assert page.locator(".jp-mod-dirty").count() == 0
+    assert any(b"kernel_info_request" in message for message in sent)
+    assert not any(b"execute_request" in message for message in sent)
+    own = address.split("/lab/")[0]
+    assert [url for url in asked if not url.startswith((own, "data:", f"blob:{own}"))] == []
+    reached = set(noted.read_text(encoding="utf-8").splitlines())
+    assert "127.0.0.1" in reached and reached <= conftest.LOOPBACK

@@ -16,9 +16,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 import measure_budget
 from t2ilearn import lessons, weights
 from t2ilearn.data import TinyShapes
-from t2ilearn.lessons import budget, check, exercise, ledger, quiz
+from t2ilearn.lessons import budget, check, exercise, ledger, quiz, show_quiz
 from t2ilearn.lessons.exercises import FOLDER, Code, Exercise, exercises, judge
-from t2ilearn.lessons.quizzes import Question, show_quiz
+from t2ilearn.lessons.quizzes import Question
 from t2ilearn.prior import PriorConfig, TransformerPrior, prior_loss
 from t2ilearn.vqvae import VQVAE, VectorQuantizer, VQVAEConfig, VQVAELoss, vqvae_loss
 
@@ -323,8 +323,8 @@ def test_five_questions_each_choice_with_its_reason(chapter):
     for question in questions:
         plain = question.as_dict()
         assert json.loads(json.dumps(plain)) == plain
-        assert set(plain) == {"text", "choices", "right", "reasons"}
-        assert len(plain["reasons"]) == len(plain["choices"]) >= 3
+        assert set(plain) == {"ask", "choices", "right"} and len(plain["choices"]) >= 3
+        assert Question.from_dict(plain) == question
     assert len({question.right for question in questions}) > 1, "not always the same letter"
 
 
@@ -332,18 +332,45 @@ def test_the_widget_takes_the_questions():
     pytest.importorskip("t2ilearn.widgets.quiz")
     for chapter in CHAPTERS:
         shown = show_quiz(chapter)
-        assert len(shown.questions) == 5
-        assert shown.questions[0]["right"] == quiz(chapter)[0].right
+        assert shown.questions == [question.as_dict() for question in quiz(chapter)]
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"right": 2}, {"reasons": ("why",)}, {"reasons": ("why", " ")}, {"choices": ("a", "a")}],
+    ("change", "said"),
+    [
+        ({"right": "C"}, "right is one of A, B, not 'C'"),
+        ({"right": ""}, "right is one of A, B"),
+        ({"right": "AB"}, "right is one of A, B"),
+        ({"choices": {"a": "so"}}, "1 choices, not 2 … 8"),
+        ({"choices": {"a": "so", "b": " "}}, "a choice has no reason"),
+        ({"choices": {"a": "so", "": "not so"}}, "a text is empty"),
+        ({"choices": {"a": "so", "$b$": "not so"}}, "plain letters"),
+    ],
 )
-def test_a_question_that_does_not_fit_together_is_refused(change):
-    good = Question("q?", ("a", "b"), 0, ("yes", "no"))
-    with pytest.raises(ValueError, match=r"q\?"):
+def test_a_question_that_does_not_fit_together_is_refused(change, said):
+    good = Question("q?", {"a": "yes", "b": "no"}, "A")
+    with pytest.raises(ValueError, match=re.escape("'q?': ") + ".*" + re.escape(said)):
         replace(good, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"choices": [["a", "yes"], ["a", "no"]]}, "stands there twice"),
+        ({"choices": [["a"], ["b", "no"]]}, "choices with reasons"),
+        ({"choices": None}, "choices with reasons"),
+        ({"right": 2}, "right is one of A, B"),
+        ({"right": 9}, "right is one of A, B"),
+        ({"right": "A"}, None),
+    ],
+)
+def test_a_question_from_a_page_is_checked_as_well(change, said):
+    plain = {"ask": "q?", "choices": [["a", "yes"], ["b", "no"]], "right": 0} | change
+    if said is None:
+        assert Question.from_dict(plain).as_dict()["right"] == 0
+        return
+    with pytest.raises(ValueError, match=said):
+        Question.from_dict(plain)
 
 
 def test_no_quiz_of_a_chapter_that_is_not_there():
@@ -373,8 +400,21 @@ def test_a_card_says_what_was_not_measured():
     assert "about 12 min (2, in the lab)" in repr(unknown)
     known = budget.Card("chapter 2", (), 5000, 1.25, 1.5, "x86_64 CPU, 1 thread", "")
     assert "1.2 min (x86_64 CPU, 1 thread)" in repr(known) and "1.5 GB" in known._repr_html_()
+    assert "<code>" not in known._repr_html_() and "trained" not in known._repr_html_()
     with pytest.raises(ValueError, match="No budget of chapter 99"):
         lessons.card(99)
+
+
+def test_a_card_says_which_commands_trained_the_weights():
+    shown = lessons.card(2, weights=["judge", "vqvae-tiny"])
+    for name in ("judge", "vqvae-tiny"):
+        command = weights.load(name).card["command"]
+        assert command.startswith("t2ilearn train ")
+        assert re.search(f"^{name} +{re.escape(command)}$", repr(shown), re.MULTILINE)
+        assert f"<code>{command}</code>" in shown._repr_html_()
+    assert "what trained its weights" in shown._repr_html_()
+    with pytest.raises(weights.WeightsError, match="Did you mean"):
+        lessons.card(2, weights=["vqvae-tyni"])
 
 
 def test_words_are_counted_without_code_and_formulas():

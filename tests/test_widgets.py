@@ -10,6 +10,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,19 +23,21 @@ from t2ilearn.drawing import load_reader, load_vqvae  # noqa: E402
 from t2ilearn.flight import read_record  # noqa: E402
 from t2ilearn.layers import Attention  # noqa: E402
 from t2ilearn.metrics import codebook_usage, perplexity  # noqa: E402
+from t2ilearn.vqgan import perceptual_distance  # noqa: E402
 from t2ilearn.weights import ASSETS  # noqa: E402
 from t2ilearn.widgets import (  # noqa: E402
+    AdaptiveWeight,
     AttentionLab,
     CodebookLab,
     DistanceRanking,
     Frames,
+    HingeLab,
     LogitViewer,
     Question,
     Quiz,
     StraightThrough,
 )
 from t2ilearn.widgets.base import FOLDER, MAX_STATE, Widget  # noqa: E402
-from t2ilearn.widgets.pictures import perceptual_distance  # noqa: E402
 
 TINY = 1e-6  # relative
 
@@ -398,11 +401,11 @@ def test_distances_disagree_and_the_judge_has_no_say(monkeypatch):
     reader = load_reader("reader")
     x = pictures.Shapes().test_set("test-full", 1).pictures
     y = pictures.shift(x, 2)
-    wanted = (F.l1_loss(y, x), F.mse_loss(y, x).sqrt(), perceptual_distance(reader, x, y)[0])
+    wanted = (F.l1_loss(y, x), F.mse_loss(y, x).sqrt(), perceptual_distance(reader.trunk, x, y)[0])
     torch.testing.assert_close(
         torch.tensor(widget.damages[0]["distances"][1]), torch.stack(wanted), rtol=0, atol=1e-5
     )
-    assert perceptual_distance(reader, x, x).item() == 0
+    assert perceptual_distance(reader.trunk, x, x).item() == 0
     assert torch.equal(y[..., 2:], x[..., :-2])
 
 
@@ -442,8 +445,12 @@ MADE = {
     "AttentionLab": AttentionLab,
     "LogitViewer": lambda: LogitViewer(torch.arange(9.0), torch.ones(9), what="word"),
     "DistanceRanking": DistanceRanking,
-    "Frames": lambda: Frames(torch.zeros(6, 3, 8, 8), {"row": [1, 2], "step": [1, 2, 3]}),
+    "Frames": lambda: Frames(
+        torch.zeros(6, 3, 8, 8), {"row": [1, 2], "step": [1, 2, 3]}, start=[2, 1]
+    ),
     "Quiz": lambda: Quiz([question()] * 5),
+    "HingeLab": lambda: HingeLab(torch.tensor([0.5, 1.0]), [-3], "non-saturating"),
+    "AdaptiveWeight": AdaptiveWeight,
 }
 
 
@@ -502,12 +509,9 @@ def test_every_own_name_of_the_model_is_a_trait():
         (lambda: Frames(colours(4), {"a": [1, 2], "b": [1]}), "2 × 1 places"),
         (lambda: Frames(colours(1), {}), "one or two sliders"),
         (lambda: Frames(colours(2), {"a": [1, 2]}, ["x"]), "1 captions for 2 pictures"),
+        (lambda: Frames(colours(2), {"a": [1, 2]}, start=[3]), "start is 3, which 'a' never takes"),
+        (lambda: Frames(colours(2), {"a": [1, 2]}, start=[1, 2]), "start has 2 values for 1 axes"),
         (lambda: Quiz([]), "at least one question"),
-        (lambda: Quiz([question(), question(right="C")]), "Question 2 has no right answer"),
-        (lambda: Quiz([question(right="")]), "no right answer: right is one of A, B"),
-        (lambda: Quiz([question(choices={"This.": "So."})]), "1 choices, not 2"),
-        (lambda: Quiz([question(choices={"This.": "", "That.": "So."})]), "no reason"),
-        (lambda: Quiz([question(ask="What is $K$?")]), "holds TeX"),
     ],
 )
 def test_bad_input_is_told_what_is_wrong(make, said, unchecked):
@@ -528,6 +532,10 @@ def test_assigning_is_checked_as_well():
         lab.encodings = [[0, 0, 0]]
     lab.beta = 1
     assert lab.beta == 1
+    player = Frames(colours(6), {"row": ["up", "down"], "step": range(3)}, start=("down", 2))
+    assert player.start == ["down", 2] and Frames(colours(2), {"a": [5, 6]}).start == [5]
+    with pytest.raises(ValueError, match="'row' never takes"):
+        player.start = ["left", 0]
 
 
 def test_a_page_that_would_be_too_large_is_refused(generator):
@@ -540,6 +548,7 @@ def test_recorded_runs_and_painted_codes():
     record = read_record(ASSETS / "flights" / "vqvae-book")
     run = Frames.of_record(record)
     steps = run.axes[0]["values"]
+    assert run.start == steps[-1:], "what became of it comes first"
     assert len(run.frames) == len(steps) == 24 and run.captions[0].startswith("loss ")
     assert steps[0] == record.frames[0][0] and steps[-1] == record.frames[-1][0]
     assert len(Frames.of_record(record, count=1).frames) == 1
@@ -551,6 +560,46 @@ def test_recorded_runs_and_painted_codes():
     assert painter.frames[0] == painter.frames[3], "painted over with what it was"
     assert painter.frames[1] != painter.frames[4]
     assert painter.marks[3] == [1 / model.config.side] * 4
+
+
+# Shows a widget on an empty page, as a host without a kernel would.
+SHOW = """async (state) => {
+  const source = new Blob([state._esm], { type: "text/javascript" });
+  const { default: widget } = await import(URL.createObjectURL(source));
+  const model = { get: (name) => state[name], on: () => {}, off: () => {} };
+  widget.render({ model, el: document.body });
+}"""
+
+
+@pytest.mark.slow
+def test_a_player_opens_where_it_should_and_reset_returns_there():
+    captions = [f"{row}-{step}" for row in ("up", "down") for step in range(3)]
+    axes = {"row": ["up", "down"], "step": range(3)}
+    player = Frames(colours(6), axes, captions, start=("down", 2))
+    with conftest.headless_browser() as browser:
+        page = browser.new_page()
+        page.evaluate(SHOW, state_of(player))
+        caption, sliders = page.locator("figcaption"), page.locator("input[type=range]")
+        assert caption.inner_text() == "down-2"
+        assert [slider.input_value() for slider in sliders.all()] == ["1", "2"]
+        sliders.first.press("ArrowLeft")
+        sliders.last.press("ArrowLeft")
+        assert caption.inner_text() == "up-1"
+        page.get_by_role("button", name="Reset").click()
+        assert caption.inner_text() == "down-2"
+        assert [slider.input_value() for slider in sliders.all()] == ["1", "2"]
+        page.get_by_role("button", name="Play").click()  # from the last it begins at the first
+        assert caption.inner_text() == "down-0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "title"), [("terms", "three loss"), ("collapse", "collapse and")])
+def test_the_codebook_lab_shows_one_lab(mode, title):
+    with conftest.headless_browser() as browser:
+        page = browser.new_page()
+        page.evaluate(SHOW, state_of(CodebookLab(mode=mode)))
+        (root,) = page.locator(".t2i").all()
+        assert title in root.get_attribute("aria-label")
 
 
 def test_the_package_itself_imports_no_widget():

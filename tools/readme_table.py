@@ -52,6 +52,8 @@ SHOWN = {
         "codebook usage",
         "judge on reconstructions",
         "judge on real pictures",
+        "Fréchet distance in reader features",
+        "Fréchet distance in reader features, floor (real)",
         *(
             f"emoji, {what}, {name}"
             for name in ("seen", "held-out")
@@ -75,7 +77,8 @@ SHOWN = {
         )
     ),
 }
-SHOWN["pixelcnn"] = SHOWN["prior"]
+SHOWN["pixelcnn"] = SHOWN["vqgan-prior"] = SHOWN["prior"]
+SHOWN["vqgan"] = SHOWN["vqvae"]
 
 
 def table(found: dict[str, dict]) -> list[str]:

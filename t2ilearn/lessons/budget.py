@@ -4,13 +4,17 @@ Reading is a count of the words in the text at 200 a minute, code left out. Mach
 peak memory are those of one execution of the notebook, from first cell to last. Both are written
 by `tools/measure_budget.py` into `budget.json` beside this file. Minutes for exercises are the
 exercises' own estimates. What nobody has measured, a card calls "not measured".
+
+A card also says which shipped weights are at work in a notebook, and which command trained each.
 """
 
 import html
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from t2ilearn import weights as shipped
 from t2ilearn.lessons.exercises import exercises
 
 RECORD = Path(__file__).with_name("budget.json")
@@ -29,6 +33,7 @@ class Card:
         memory_gb: peak resident memory of the kernel in that execution, 10⁹ bytes.
         machine: what it was executed on.
         cells: SHA-256 of the cells' sources that were measured.
+        commands: what trained the weights that are at work, by their names.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Card:
     memory_gb: float | None
     machine: str | None
     cells: str
+    commands: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reading_minutes(self) -> int:
@@ -52,30 +58,43 @@ class Card:
             "exercises": f"about {sum(self.exercises)} min ({len(self.exercises)}, in the lab)",
             "machine": "not measured" if minutes is None else f"{minutes:.1f} min ({self.machine})",
             "memory": "not measured" if memory is None else f"{memory:.1f} GB at the peak",
+            **self.commands,
         }
 
     def __repr__(self) -> str:
-        return "\n".join(f"{name:10}{value}" for name, value in self.rows().items())
+        return "\n".join(f"{name:12}{value}" for name, value in self.rows().items())
 
     def _repr_html_(self) -> str:
         """For notebooks."""
         rows = (
-            f'<tr><th scope="row">{name}</th><td>{html.escape(value)}</td></tr>'
+            f'<tr><th scope="row">{name}</th><td>{self._cell(name, value)}</td></tr>'
             for name, value in self.rows().items()
         )
-        caption = f"<caption>What {self.name} costs</caption>"
+        what = ", and what trained its weights" if self.commands else ""
+        caption = f"<caption>What {self.name} costs{what}</caption>"
         return f"<table>{caption}{''.join(rows)}</table>"
 
+    def _cell(self, name: str, value: str) -> str:
+        text = html.escape(value)
+        return f"<code>{text}</code>" if name in self.commands else text
 
-def card(chapter: int, lab: bool = False) -> Card:
+
+def card(chapter: int, lab: bool = False, weights: Sequence[str] = ()) -> Card:
     """The recorded budget of a chapter's reading notebook, or of its lab.
+
+    Args:
+        lab: whether the lab is meant.
+        weights: names of the shipped weights that are at work in it.
 
     Raises:
         ValueError: if there is no record of it.
+        WeightsError: if no weights of such a name ship.
     """
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     key = f"{chapter}-lab" if lab else str(chapter)
     if key not in record:
         raise ValueError(f"No budget of chapter {key}; there are: {', '.join(record)}.")
     name = f"the lab of chapter {chapter}" if lab else f"chapter {chapter}"
-    return Card(name, tuple(each.minutes for each in exercises(chapter)), **record[key])
+    commands = {each: shipped.load(each).card["command"] for each in weights}
+    minutes = tuple(each.minutes for each in exercises(chapter))
+    return Card(name, minutes, **record[key], commands=commands)

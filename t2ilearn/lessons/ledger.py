@@ -47,6 +47,34 @@ REASONS: dict[str, dict[tuple[str, str], tuple[bool, str]]] = {
         ("commitment", "decoder"): (False, "the term compares z with e; no pixel is in it"),
     }
 }
+_ALONE = "it is computed without the critic"
+_OF_THE_PICTURE = {
+    "encoder": (True, "x̂ depends on z, and straight through copies the gradient at z_q to z"),
+    "codebook": (False, "straight through jumps over the codebook, whatever x̂ is judged by"),
+    "decoder": (True, "x̂ is what the decoder paints"),
+}
+# Both players of a VQGAN: what looks at x̂ moves encoder and decoder, and nobody moves the other.
+REASONS["Step"] = {
+    **{
+        (term, part): why
+        for term in ("pixels", "perceptual", "adversarial")
+        for part, why in _OF_THE_PICTURE.items()
+    },
+    **{place: why for place, why in REASONS["VQVAELoss"].items() if place[0] != "reconstruction"},
+    **{(t, "critic"): (False, _ALONE) for t in ("pixels", "perceptual", "codebook", "commitment")},
+    ("adversarial", "critic"): (
+        False,
+        "the generator asks a critic whose weights are held constant, or it would teach it to "
+        "praise",
+    ),
+    **{
+        ("critic", part): (False, "x̂ is detached before the critic sees it here")
+        for part in ("encoder", "codebook", "decoder")
+    },
+    ("critic", "critic"): (True, "by this term alone it learns to tell real from drawn"),
+}
+REASONS["VQGANLoss"] = REASONS["Step"]  # the model's share of it
+READINGS = {"total", "weight", "real_logit", "fake_logit"}  # sums and readings; no terms
 
 
 @dataclass(frozen=True)
@@ -192,11 +220,15 @@ class Ledger:
 def parts_of(model: nn.Module) -> dict[str, list[Tensor]]:
     """A model's parts by the book's names: its children, and "own" for what belongs to none.
 
-    Children without parameters count too if they hold buffers: a codebook may be one.
+    Children without parameters count too if they hold buffers: a codebook may be one. Of two
+    players, the generator is taken apart in turn.
     """
+    children = dict(model.named_children())
+    if "generator" in children:
+        children = {**dict(children.pop("generator").named_children()), **children}
     parts: dict[str, list[Tensor]] = {
         NAMES.get(name, name): [*child.parameters()]
-        for name, child in model.named_children()
+        for name, child in children.items()
         if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None
     }
     if any(True for _ in model.parameters(recurse=False)):
@@ -215,7 +247,7 @@ def ledger(
 
     Args:
         model: the model whose output the terms were computed from.
-        terms: a loss function's NamedTuple of scalars; `total` is left out.
+        terms: a loss function's NamedTuple of scalars; `READINGS`, such as `total`, are left out.
         parts: modules, or lists of parameters, by name; by default `parts_of(model)`.
         reasons: whether and why, by (term, part); by default `REASONS` of the terms' class.
 
@@ -227,7 +259,7 @@ def ledger(
     for name, group in given.items():
         tensors = group.parameters() if isinstance(group, nn.Module) else group
         groups[name] = [p for p in tensors if p.requires_grad]
-    names = tuple(name for name in terms._fields if name != "total")
+    names = tuple(name for name in terms._fields if name not in READINGS)
     if not names or any(getattr(terms, name).numel() != 1 for name in names):
         raise ValueError("A ledger needs loss terms, each of them a single number.")
     cells = {

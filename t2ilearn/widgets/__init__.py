@@ -7,6 +7,9 @@
 | attention as a weighted average | `AttentionLab` |
 | how logits become a draw | `LogitViewer` |
 | which copy is the nearest, and who says so | `DistanceRanking` |
+| what two players want of a logit | `HingeLab` |
+| λ over a recorded run, and computed | `AdaptiveWeight` |
+| what a critic thinks, patch by patch | `critic.patch_maps`, which makes `Frames` |
 | pictures made beforehand, by one or two sliders | `Frames` |
 | five questions, each wrong choice answered | `Quiz` |
 
@@ -15,15 +18,19 @@ What the reader changes stays in the page; what Python assigns (`lab.beta = 1`) 
 The arithmetic is in JavaScript functions that the tests hold against this package.
 """
 
+from t2ilearn.lessons.quizzes import Question
+from t2ilearn.widgets.critic import AdaptiveWeight, HingeLab
 from t2ilearn.widgets.labs import AttentionLab, CodebookLab, LogitViewer, StraightThrough
 from t2ilearn.widgets.pictures import DistanceRanking, Frames
-from t2ilearn.widgets.quiz import Question, Quiz
+from t2ilearn.widgets.quiz import Quiz
 
 __all__ = [
+    "AdaptiveWeight",
     "AttentionLab",
     "CodebookLab",
     "DistanceRanking",
     "Frames",
+    "HingeLab",
     "LogitViewer",
     "Question",
     "Quiz",

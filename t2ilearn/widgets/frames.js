@@ -15,12 +15,12 @@ function draw(model, el) {
   const captions = model.get("captions");
   const marks = model.get("marks"); // [left, top, width, height] in parts of 1, or []
   const lengths = axes.map((axis) => axis.values.length);
-  const begin = () => axes.map(() => 0);
+  const begin = () => axes.map((axis, i) => axis.values.indexOf(model.get("start")[i]));
   let [places, timer] = [begin(), null];
   const frame = shell(el, model.get("title"), () => {
     stop();
     places = begin();
-    sliders.forEach((node, i) => node.set(axes[i].values[0]));
+    sliders.forEach((node, i) => node.set(axes[i].values[places[i]]));
     update();
   });
   const image = make("img", { class: "dark-light", draggable: "false" });
@@ -29,7 +29,7 @@ function draw(model, el) {
   const caption = make("figcaption");
   const figure = make("figure", { class: "t2i-player" }, box, caption);
   figure.style.width = `${model.get("width")}px`;
-  const sliders = axes.map((axis, i) => slider(axis.name, axis.values, axis.values[0], () => {
+  const sliders = axes.map((axis, i) => slider(axis.name, axis.values, axis.values[places[i]], () => {
     stop();
     places[i] = sliders[i].index();
     update();

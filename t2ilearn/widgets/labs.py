@@ -25,14 +25,14 @@ def _around(centres: Any, count: int, spread: float, seed: int) -> list[tuple[fl
 
 
 class CodebookLab(Widget):
-    """A codebook in the plane, in two labs: three loss terms at work, and collapse with its cures.
+    """A codebook in the plane: three loss terms at work, or collapse and its cures.
 
     Args:
         codes: K points (K, 2) in −2.4 … 2.4; by default the six of chapter 2.
         encodings: z, (n, 2), which are also what the decoder should have said; 18 by default.
         beta: β to begin with.
-        mode: the lab that is open, "terms" or "collapse".
-        seed: of the collapse lab's encodings and codes.
+        mode: what it is about, "terms" or "collapse".
+        seed: of the encodings and codes of "collapse".
 
     Raises:
         ValueError: for points outside the plane, a negative β, or another mode.

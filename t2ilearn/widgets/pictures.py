@@ -17,6 +17,7 @@ from t2ilearn.data import Shapes
 from t2ilearn.drawing import load_reader
 from t2ilearn.flight import Record, contact_sheet
 from t2ilearn.reader import Reader
+from t2ilearn.vqgan import perceptual_distance
 from t2ilearn.vqvae import VQVAE
 from t2ilearn.widgets.base import Widget, joined, listed
 
@@ -44,9 +45,12 @@ class Frames(Widget):
         title: what stands above.
         width: of the shown picture, in CSS pixels, at most; it shrinks on a small screen.
         quality: of WebP, 1 … 99, or 100 for no loss.
+        start: for each axis the value at which it opens, and to which *Reset* returns; by default
+            the first.
 
     Raises:
-        ValueError: if the numbers do not fit together, or all is too large for a page.
+        ValueError: if the numbers do not fit together, an axis lacks the value at which it should
+            start, or all is too large for a page.
     """
 
     _esm = joined("shared", "frames")
@@ -56,6 +60,7 @@ class Frames(Widget):
     captions = traitlets.List(traitlets.Unicode()).tag(sync=True)
     marks = listed()
     width = traitlets.Int().tag(sync=True)
+    start = listed()
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class Frames(Widget):
         title: str = "Frames",
         width: int = 320,
         quality: int = 80,
+        start: Sequence[str | int | float] = (),
     ) -> None:
         if isinstance(pictures, Tensor):
             pictures = [contact_sheet(picture[None]) for picture in pictures]
@@ -76,6 +82,7 @@ class Frames(Widget):
             marks=[list(mark) for mark in marks],
             title=title,
             width=width,
+            start=list(start) or [next(iter(values), None) for values in axes.values()],
             fallback=f"{title}: {len(pictures)} pictures by {' and '.join(axes)}.",
         )
 
@@ -92,11 +99,23 @@ class Frames(Widget):
             raise ValueError(f"{len(value)} {name} for {wanted} pictures.")
         return value
 
+    @traitlets.validate("start")
+    def _check_start(self, proposal: Any) -> list:
+        start = proposal["value"]
+        if len(start) != len(self.axes):
+            raise ValueError(f"start has {len(start)} values for {len(self.axes)} axes.")
+        for value, axis in zip(start, self.axes, strict=True):
+            if value not in axis["values"]:
+                raise ValueError(f"start is {value!r}, which {axis['name']!r} never takes.")
+        return start
+
     @classmethod
     def of_record(
         cls, record: Record, title: str = "A recorded training run", count: int = 24
     ) -> "Frames":
         """A training run to scrub through, from `flight.read_record`.
+
+        It opens at the last frame, what became of the run; *Play* begins at the first.
 
         Args:
             count: at most so many frames, evenly chosen; the first and the last are among them.
@@ -114,7 +133,8 @@ class Frames(Widget):
             nearest = min(range(len(curves["step"])), key=lambda i: abs(curves["step"][i] - step))
             captions.append(f"loss {curves['total'][nearest]:.3g}")
         steps = [step for step, _ in chosen]
-        return cls([picture for _, picture in chosen], {"step": steps}, captions, title=title)
+        pictures = [picture for _, picture in chosen]
+        return cls(pictures, {"step": steps}, captions, title=title, start=steps[-1:])
 
     @classmethod
     @torch.no_grad()
@@ -169,20 +189,6 @@ def noise(pictures: Float[Tensor, "b 3 h w"], sigma: float, seed: int) -> Float[
     return (pictures + sigma * grains).clamp(-1, 1)
 
 
-@torch.no_grad()
-def perceptual_distance(
-    reader: Reader, a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"]
-) -> Float[Tensor, " b"]:
-    """How differently a reader's first levels respond: at each place the squared distance of the
-    two feature vectors, made one long, averaged over places and levels (after Zhang et al. 2018,
-    without their learned weights)."""
-    levels = [
-        (F.normalize(m, dim=1) - F.normalize(n, dim=1)).square().sum(1).mean((1, 2))
-        for m, n in zip(reader.trunk(a), reader.trunk(b), strict=True)
-    ]
-    return torch.stack(levels).mean(0)
-
-
 class DistanceRanking(Widget):
     """One picture shifted, blurred and noisy: three distances rank the copies differently.
 
@@ -219,7 +225,8 @@ class DistanceRanking(Widget):
         for name, (unit, copies) in spoiled.items():
             y = torch.cat(list(copies.values()))
             far = (y - x).abs().mean((1, 2, 3)), (y - x).square().mean((1, 2, 3)).sqrt()
-            seen = perceptual_distance(reader, x.expand_as(y), y)
+            with torch.no_grad():
+                seen = perceptual_distance(reader.trunk, x.expand_as(y), y)
             distances = torch.stack([*far, seen], dim=1)  # (strengths, measures)
             damages.append(
                 {
