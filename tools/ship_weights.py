@@ -2,7 +2,8 @@
 
     python tools/ship_weights.py runs judge vqvae-book prior-book
 
-Weights are read back strictly first, and a card without metrics (a stopped run) is refused.
+Weights are read back strictly first, and a card without metrics (a stopped run) is refused. Of an
+ablation the flight record and the card ship, and no weights: chapter 4 looks at what they drew.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from t2ilearn import weights
 from t2ilearn.data.bpe import SHARED
 from t2ilearn.drawing import load_tokenizer
 from t2ilearn.flight import read_record
+from t2ilearn.recipes import ABLATIONS
 
 
 def ship(runs: Path, name: str) -> None:
@@ -31,12 +33,14 @@ def ship(runs: Path, name: str) -> None:
         load_tokenizer(source)  # the run's own is sound
         if hashlib.sha256(SHARED.read_bytes()).hexdigest() != card["tokenizer"]["sha256"]:
             raise ValueError(f"{source} learned its captions through another tokenizer.")
-    weights.ASSETS.mkdir(exist_ok=True)
-    for path in (source, source.with_suffix(".json")):
-        shutil.copyfile(path, weights.ASSETS / path.name)
     record = weights.ASSETS / "flights" / name
     shutil.rmtree(record, ignore_errors=True)
     record.mkdir(parents=True)
+    if card["system"] in ABLATIONS:
+        shutil.copyfile(source.with_suffix(".json"), record / "card.json")
+    else:
+        for path in (source, source.with_suffix(".json")):
+            shutil.copyfile(path, weights.ASSETS / path.name)
     shutil.copyfile(runs / name / "flight.json", record / "flight.json")
     if read_record(runs / name).frames:
         shutil.copytree(runs / name / "frames", record / "frames")
