@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from PIL import Image, PngImagePlugin
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2ilearn import __version__, weights
 from t2ilearn.data.bpe import CaptionTokenizer
@@ -29,13 +29,20 @@ from t2ilearn.data.interface import Tokenizer
 from t2ilearn.data.together import worlds_in
 from t2ilearn.prior import PixelCNN, Prior, PriorConfig, TransformerPrior, log_likelihood, sample
 from t2ilearn.reader import Reader, ReaderConfig, aligned, aligned_emoji, score
+from t2ilearn.vqgan import VQGAN, Critic, CriticConfig
 from t2ilearn.vqvae import VQVAE, VQVAEConfig
 
 SYSTEMS = {
     "vqvae": ("vqvae-book", "prior-book"),
     "vqvae-tiny": ("vqvae-tiny", "prior-tiny"),
+    "vqgan": ("vqgan-book", "vqgan-prior-book"),
 }
-PRIORS: dict[str, type[Prior]] = {"prior": TransformerPrior, "pixelcnn": PixelCNN}
+PRIORS: dict[str, type[Prior]] = {
+    "prior": TransformerPrior,
+    "pixelcnn": PixelCNN,
+    "vqgan-prior": TransformerPrior,
+}
+CODES_OF = {"prior": "vqvae", "pixelcnn": "vqvae", "vqgan-prior": "vqgan"}
 # How `draw` samples unless told otherwise: the caption insisted on, the unlikeliest codes left out.
 GUIDANCE_SCALE, TOP_P = 2.0, 0.9
 METADATA_KEY = "t2ilearn"
@@ -62,11 +69,29 @@ def _config(kind: type, values: dict) -> Any:
 
 
 def load_vqvae(name: str | Path) -> VQVAE:
-    """A VQ-VAE from shipped weights (or a path), in evaluation mode."""
+    """A VQ-VAE, or a VQGAN without its critic, from shipped weights (or a path), in evaluation
+    mode."""
     stored = weights.load(name)
+    if "critic" in stored.card:
+        return load_players(name)[0]
     model = VQVAE(_config(VQVAEConfig, stored.card["config"]))
     weights.load_into(model, stored)
     return model.eval()
+
+
+def load_players(name: str | Path) -> tuple[VQGAN, Critic]:
+    """A VQGAN and its critic from shipped weights (or a path), in evaluation mode."""
+    stored = weights.load(name)
+    players = nn.ModuleDict(
+        {
+            "generator": VQGAN(_config(VQVAEConfig, stored.card["config"])),
+            "critic": Critic(_config(CriticConfig, stored.card["critic"])),
+        }
+    )
+    weights.load_into(players, stored)
+    generator, critic = players.eval().values()
+    assert isinstance(generator, VQGAN) and isinstance(critic, Critic)
+    return generator, critic
 
 
 def load_prior(name: str | Path) -> Prior:
@@ -114,13 +139,13 @@ def find_parts(system: str) -> tuple[str | Path, str | Path]:
     if system in SYSTEMS:
         return SYSTEMS[system]
     run = Path(system)
-    kind, _, preset = run.name.partition("-")
+    kind, _, preset = run.name.rpartition("-")
     if kind not in PRIORS or not preset or not run.is_dir():
         raise ValueError(
             f"Unknown system {system!r}; one of {', '.join(SYSTEMS)}, or the folder of a prior "
             "that you trained, such as runs/prior-tiny."
         )
-    vqvae = run.with_name(f"vqvae-{preset}")
+    vqvae = run.with_name(f"{CODES_OF[kind]}-{preset}")
     return vqvae / f"{vqvae.name}.safetensors", run / f"{run.name}.safetensors"
 
 

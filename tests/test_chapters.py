@@ -105,9 +105,9 @@ def test_the_budget_card_is_shown(name):
 
 def card_call(name: str) -> ast.Call:
     """The call of `card` in a notebook, of the right chapter."""
-    number, lab = int(name.split("_")[0]), ", lab=True" if name.endswith("_lab") else ""
-    (source,) = [c["source"] for c in cells(name) if re.match(r"card\(\d", c["source"])]
-    assert source.startswith(f"card({number}{lab}")
+    number, lab = int(name.split("_")[0]), ",lab=True" if name.endswith("_lab") else ""
+    (source,) = [c["source"] for c in cells(name) if re.match(r"card\(\s*\d", c["source"])]
+    assert re.sub(r"\s", "", source).startswith(f"card({number}{lab}")
     return ast.parse(source).body[0].value
 
 

@@ -22,7 +22,7 @@ from t2ilearn.lessons.quizzes import Question
 from t2ilearn.prior import PriorConfig, TransformerPrior, prior_loss
 from t2ilearn.vqvae import VQVAE, VectorQuantizer, VQVAEConfig, VQVAELoss, vqvae_loss
 
-CHAPTERS = (1, 2, 3)
+CHAPTERS = (1, 2, 3, 4)
 ALL = [task for chapter in CHAPTERS for task in exercises(chapter)]
 SLIPS = [pytest.param(task, name, id=f"{task.id}-{name}") for task in ALL for name in task.slips]
 SMALL = VQVAEConfig(
@@ -490,7 +490,7 @@ def test_what_the_page_on_trouble_says_of_drawing_was_measured():
     assert f"{found['draw, peak memory of the process']:.1f} GB" in page("trouble.md")
     assert found["sampling, 6.6 M, without / with cache"] > 3
     assert re.search(r"more than\s+three times", page("trouble.md"))
-    assert found["draw, four pictures"] < 0.5
+    assert found["draw --with vqvae, four pictures"] < 0.5
     settings = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))["vqvae-tiny"]
     right = {(r["guidance_scale"], r["top_p"]): r["alignment"] for r in settings["rows"]}
     for top_p in (1.0, 0.95, 0.9, 0.8):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import torch
 from t2ilearn import evaluation, recipes, weights
 from t2ilearn.data import Emoji, Shapes, TinyShapes, parse
 from t2ilearn.data.bpe import SHARED_LENGTH
-from t2ilearn.drawing import draw, load_prior, load_system, load_vqvae
+from t2ilearn.drawing import draw, load_players, load_prior, load_system, load_vqvae
 from t2ilearn.prior import PixelCNN, TransformerPrior
 from t2ilearn.reader import Reader, ReaderConfig, Reading, facts_of
 from t2ilearn.recipes import RECIPES, degrade, encode_world, train_system
+from t2ilearn.vqgan import VQGAN, Critic
 from t2ilearn.vqvae import VQVAE
 
 QUIET = {"progress": False}
@@ -39,10 +41,12 @@ def quick(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("system", ["vqvae", "prior", "pixelcnn"])
+@pytest.mark.parametrize("system", ["vqvae", "prior", "pixelcnn", "vqgan", "vqgan-prior"])
 def test_each_system_has_both_presets_within_their_budgets(system):
-    builders = {"vqvae": VQVAE, "prior": TransformerPrior, "pixelcnn": PixelCNN}
-    most = {"vqvae": 1.6e6, "prior": 2.7e6, "pixelcnn": 2.7e6}  # 0.2 M of these embed words
+    builders = {"vqvae": VQVAE, "vqgan": VQGAN, "pixelcnn": PixelCNN}
+    builders = {"prior": TransformerPrior, "vqgan-prior": TransformerPrior, **builders}
+    # 0.2 M of a prior's embed words; a VQGAN's critic does not draw, and is counted apart.
+    most = {"vqvae": 1.6e6, "vqgan": 1.6e6, "prior": 2.7e6, "vqgan-prior": 2.7e6, "pixelcnn": 2.7e6}
     sizes = {
         preset: sum(p.numel() for p in builders[system](RECIPES[system, preset].model).parameters())
         for preset in ("tiny", "book")
@@ -69,6 +73,72 @@ def test_a_run_writes_weights_that_load_and_a_card_measured_on_them(tmp_path, qu
     for mine, theirs in zip(measured.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert sum(p.numel() for p in loaded.parameters()) == card["parameters"]
+
+
+def test_a_vqgan_has_chapter_twos_sizes_so_that_bits_are_equal():
+    for preset in ("tiny", "book"):
+        assert RECIPES["vqgan", preset].model == RECIPES["vqvae", preset].model
+        assert sum(p.numel() for p in Critic(RECIPES["vqgan", preset].critic).parameters()) < 0.3e6
+
+
+def test_a_vqgan_and_its_critic_come_back_from_one_file(tmp_path, quick, monkeypatch):
+    asked = []
+    real = recipes.load_reader
+    monkeypatch.setattr(recipes, "load_reader", lambda name: asked.append(name) or real(name))
+    path = train_system("vqgan", "tiny", tmp_path, steps=12, **QUIET)
+    card = weights.load(path).card
+    assert asked == ["reader"]  # never a judge
+    assert card["critic"] == {"width": 16, "levels": 1} and card["objective"]["start"] == 0.4
+    assert card["metrics"]["judge on real pictures"]["value"] > 0.9
+    (measured, _), (generator, critic) = quick[0], load_players(path)
+    assert isinstance(load_vqvae(path), VQGAN) and not critic.training
+    for mine, theirs in zip(measured.parameters(), generator.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    flight = json.loads((path.parent / "flight.json").read_text(encoding="utf-8"))
+    assert {"weight", "critic", "real_logit", "fake_logit"} <= set(flight["curves"])
+    heard = [loss != 0 for loss in flight["curves"]["critic"]]
+    assert not any(heard[:4]) and all(heard[5:])  # the critic enters after 0.4 of 12 steps
+
+
+def test_each_ablation_lacks_its_part(tmp_path, quick):
+    whole = RECIPES["vqgan", "tiny"]
+    lacking = {name: RECIPES[name, "tiny"].objective for name in recipes.ABLATIONS}
+    assert lacking["vqgan-no-critic"].adversarial == 0
+    assert lacking["vqgan-no-perceptual"].perceptual == 0
+    assert lacking["vqgan-fixed-weight"].adaptive is False
+    assert all(RECIPES[n, "tiny"].train == whole.train for n in lacking)
+    path = train_system("vqgan-no-critic", "tiny", tmp_path, steps=6, **QUIET)
+    assert path.parent.name == "vqgan-no-critic-tiny"
+
+
+def test_a_vqgans_prior_learns_its_codes_and_draws(tmp_path, quick):
+    first = train_system("vqgan", "tiny", tmp_path, steps=4, **QUIET)
+    path = train_system("vqgan-prior", "tiny", tmp_path, steps=2, **QUIET)
+    card = weights.load(path).card
+    assert card["metrics"]["vqvae"] == weights.load(first).card["sha256"]
+    system = load_system(str(path.parent))
+    assert isinstance(system.vqvae, VQGAN)
+    assert draw("a star", system=str(path.parent), count=2).pictures.shape == (2, 3, 32, 32)
+
+
+def test_a_vqgan_goes_on_bit_for_bit(tmp_path, quick, monkeypatch):
+    """A checkpoint holds both players, their optimiser and the critic's running statistics."""
+    whole = train_system("vqgan", "tiny", tmp_path / "whole", steps=12, **QUIET)
+    real, calls = recipes.Players.forward, []
+
+    def stop_once(self, *args):
+        calls.append(args)
+        if len(calls) == 8:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, *args)
+
+    monkeypatch.setattr(recipes.Players, "forward", stop_once)
+    partial = train_system("vqgan", "tiny", tmp_path / "parts", steps=12, **QUIET)
+    assert weights.load(partial).card["steps"] == 8 and "metrics" not in weights.load(partial).card
+    again = train_system("vqgan", "tiny", tmp_path / "parts", steps=12, **QUIET)
+    before, after = weights.load(whole).state, weights.load(again).state
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 @pytest.mark.parametrize("system", ["prior", "pixelcnn"])

@@ -6,6 +6,7 @@ mouse and keyboard with no kernel behind them.
 
 import functools
 import gzip
+import html
 import http.server
 import importlib.resources
 import re
@@ -223,6 +224,33 @@ def test_a_narrow_window_scrolls_only_downwards(browser, addresses, name):
         begins += "box.getBoundingClientRect().left))"
         lost = [left for left in visit.page.evaluate(begins) if left < 0]
         assert not lost, f"{len(lost)} equations begin left of the window"
+
+
+def dead_links(folder: Path) -> list[str]:
+    """Links within the site, of the listed pages, to a file or an anchor that does not exist."""
+
+    @functools.cache
+    def text(path: Path) -> str:
+        page = path.read_text(encoding="utf-8")
+        return re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL)  # widgets' states
+
+    dead = []
+    for name in LISTED:
+        page = folder / f"{name}.html"
+        for link in map(html.unescape, re.findall(r'<a\b[^>]* href="([^"]+)"', text(page))):
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            anchor = f'id="{html.escape(unquote(parts.fragment))}"'
+            if not target.exists() or (parts.fragment and anchor not in text(target)):
+                dead.append(f"{name}: {link}")
+    return dead
+
+
+@pytest.mark.slow
+def test_every_link_within_the_site_leads_somewhere(pages):
+    assert dead_links(pages) == []
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from t2ilearn.drawing import Drawing, draw, load_system
 PAGE = Path(__file__).resolve().parent.parent / "book" / "_static" / "play.html"
 SYSTEMS = {
     "vqvae": "VQ-VAE and Transformer (book)",
+    "vqgan": "VQGAN and Transformer (book)",
     "vqvae-tiny": "VQ-VAE and Transformer (tiny)",
 }
 SEEDS = 4

@@ -167,9 +167,9 @@ def draw() -> Iterator[Row]:
     import t2ilearn
 
     count = {"count": 4, "seed": 0}
-    yield Row(
-        "draw, four pictures", median_seconds(lambda: t2ilearn.draw(CAPTION, **count)), 3, "s"
-    )
+    for system in ("vqvae", "vqgan"):
+        seconds = median_seconds(lambda name=system: t2ilearn.draw(CAPTION, system=name, **count))
+        yield Row(f"draw --with {system}, four pictures", seconds, 3, "s")
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "drawing.png")
         _, memory = run_measured(*COMMAND, "draw", CAPTION, "--count", "4", "--out", out)

@@ -1,0 +1,191 @@
+"""Lessons of chapter 4: answers of all kinds to its exercises, and the ledger of two players.
+
+What holds for the exercises of every chapter is in test_lessons.py.
+"""
+
+import re
+
+import pytest
+import torch
+
+from t2ilearn.data import TinyShapes
+from t2ilearn.lessons import exercise, ledger
+from t2ilearn.lessons.exercises import judge
+from t2ilearn.vqgan import (
+    VQGAN,
+    Critic,
+    CriticConfig,
+    Objective,
+    Players,
+    hinge_loss,
+    perceptual_distance,
+    persuasion,
+    vqgan_loss,
+)
+from t2ilearn.vqvae import VQVAEConfig
+
+TRUE = {
+    "pixels": "encoder decoder",
+    "perceptual": "encoder decoder",
+    "codebook": "codebook",
+    "commitment": "encoder",
+    "adversarial": "encoder decoder",
+    "critic": "critic",
+}
+
+
+# ---------------------------------------------------------------- exercises
+
+
+# Answers as readers write them: not the package's own, and found by what they do.
+def mean_before_bend(real, fake):
+    return 0.5 * (torch.relu(1 - real.mean()) + torch.relu(1 + fake.mean()))
+
+
+def other_gan(real, fake):
+    likely = torch.sigmoid(real).log().mean() + (1 - torch.sigmoid(fake)).log().mean()
+    return -likely / 2
+
+
+def lambda_that_frees_the_graph(pictures, adversarial, decoder):
+    weight = decoder[-1].weight
+    a, b = (torch.autograd.grad(term, weight)[0].norm() for term in (pictures, adversarial))
+    return a / (b + 1e-4)
+
+
+def lambda_of_max(pictures, adversarial, decoder):
+    a, b = (
+        torch.autograd.grad(t, decoder[-1].weight, retain_graph=True)[0].square().sum().sqrt()
+        for t in (pictures, adversarial)
+    )
+    return torch.minimum(a / max(b, 1e-4), torch.tensor(1e4))
+
+
+def losses_with_no_cut(critic, x, drawn):
+    fake = critic(drawn)
+    return -fake.mean(), hinge_loss(critic(x), fake).total
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "said"),
+    [
+        ("4.1", mean_before_bend, "bend comes before the mean"),
+        ("4.1", other_gan, "first GAN's loss"),
+        ("4.2", lambda fake: (1 - fake).mean(), "Not yet"),
+        ("4.2", lambda fake: -torch.nn.functional.logsigmoid(fake).mean(), "non-saturating"),
+        ("4.3", lambda levels: {1: 10, 2: 22, 3: 46}[levels], "46, and it is 70"),
+        ("4.4", lambda p, start, warm: 0 if p < start else 1, "in full at once"),
+        ("4.5", lambda trunk, x, y: ((x - y) ** 2).mean((1, 2, 3)), "Those are pixels"),
+        ("4.6", lambda_that_frees_the_graph, "stops with RuntimeError"),
+        ("4.6", lambda_of_max, "Not yet"),
+        ("4.7", losses_with_no_cut, "Each loss moves both players"),
+    ],
+)
+def test_mistakes_are_found_by_what_they_do(number, answer, said):
+    verdict = judge(exercise(number), answer)
+    assert not verdict.right and re.search(said, verdict.message), verdict.message
+
+
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [
+        ("4.1", lambda real, fake: hinge_loss(real, fake).total),
+        ("4.2", persuasion),
+        ("4.3", lambda levels: CriticConfig(4, levels).patch),
+        ("4.4", lambda p, start, warm: Objective(start=start, warm=warm).say(float(p))),
+        ("4.5", perceptual_distance),
+        (
+            "4.7",
+            lambda D, x, y: (persuasion(D.frozen(y)), hinge_loss(D(x), D(y.detach())).total),
+        ),
+    ],
+)
+def test_the_packages_own_functions_are_right_answers(number, answer):
+    verdict = judge(exercise(number), answer)
+    assert verdict.right, verdict.message
+
+
+# ---------------------------------------------------------------- the ledger of two players
+
+
+def pair(quantizer: str) -> Players:
+    torch.manual_seed(0)
+    sizes = VQVAEConfig(
+        resolution=32, channels=(16, 32), blocks=1, codes=64, code_dim=8, quantizer=quantizer
+    )
+
+    def distance(x, y):
+        return perceptual_distance(lambda z: [z, z[..., ::2, ::2]], x, y)
+
+    return Players(VQGAN(sizes), Critic(CriticConfig(4, 1)), Objective(), distance)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return TinyShapes().sample(4, generator=torch.Generator().manual_seed(0)).pictures
+
+
+@pytest.mark.parametrize("quantizer", ["gradient", "ema"])
+def test_the_whole_ledger_of_a_vqgan(quantizer, x):
+    players = pair(quantizer)
+    book = ledger(players, players(x, 1.0))
+    assert book.terms == tuple(TRUE)
+    assert book.parts == ("encoder", "codebook", "decoder", "critic")
+    wanted = {term: set(parts.split()) for term, parts in TRUE.items()}
+    if quantizer == "ema":
+        wanted["codebook"] = set()
+        assert all(book[term, "codebook"].free for term in TRUE)
+        assert "in the forward pass" in book.text()
+    assert {term: book.moved(term) for term in book.terms} == wanted
+    assert book.matches(wanted).right and len(book.cells) == 24
+
+
+def test_before_its_time_the_critic_neither_learns_nor_is_heard(x):
+    players = pair("gradient")
+    early, alone = (ledger(players, players(x, at)) for at in (0.1, 0.42))
+    assert early.moved("critic") == early.moved("adversarial") == set()
+    assert alone.moved("critic") == {"critic"} and alone.moved("adversarial") == set()
+    (sentence,) = alone.matches(TRUE | {"adversarial": "decoder"}).wrong
+    assert "adversarial term does not move the decoder: the term is a constant here" in sentence
+
+
+@pytest.mark.parametrize("term", TRUE)
+@pytest.mark.parametrize("part", ["encoder", "codebook", "decoder", "critic"])
+def test_every_wrong_cell_is_told_why(term, part, x):
+    players = pair("gradient")
+    book = ledger(players, players(x, 1.0))
+    said = set(TRUE[term].split()) ^ {part}
+    (sentence,) = book.matches(TRUE | {term: said}).wrong
+    assert sentence.startswith(f"The {term} term ") and sentence.count(": ") == 1
+    assert "a gradient arrives" not in sentence and "no path" not in sentence
+
+
+def test_whoever_forgets_to_detach_finds_it_in_the_ledger(x):
+    players = pair("gradient")
+    step, drawn = players(x, 1.0), players.generator(x).reconstruction
+    leaky = hinge_loss(players.critic(x), players.critic(drawn)).total
+    book = ledger(players, step._replace(critic=leaky))
+    wrong = book.matches(TRUE).wrong
+    assert wrong == [
+        f"The critic term moves the {part}: a gradient arrives." for part in ("encoder", "decoder")
+    ]
+    praising = ledger(players, step._replace(adversarial=persuasion(players.critic(drawn))))
+    assert praising.matches(TRUE).wrong == [
+        "The adversarial term moves the critic: a gradient arrives."
+    ]
+
+
+def test_the_models_own_loss_has_the_same_reasons(x):
+    players = pair("gradient")
+    G, D = players.generator, players.critic
+    output = G(x)
+    seen = players.distance(x, output.reconstruction)
+    terms = vqgan_loss(
+        x, output, seen, persuasion(D.frozen(output.reconstruction)), 0.5, Objective()
+    )
+    book = ledger(G, terms)
+    assert book.parts == ("encoder", "codebook", "decoder")
+    truth = {term: TRUE[term] for term in book.terms}
+    assert book.matches(truth).right
+    (sentence,) = book.matches(truth | {"pixels": "encoder codebook decoder"}).wrong
+    assert "straight through jumps over" in sentence
