@@ -187,6 +187,7 @@ LAB_CELLS = {
     "01_pictures": ["studio-box"],
     "02_vqvae": ["book-record"],
     "03_priors": ["record"],
+    "04_vqgan": [],
 }
 
 

@@ -204,12 +204,14 @@ def stored_widgets(name: str) -> int:
 
 
 def settle(page, name: str) -> None:
-    """Wait until equations are set and stored widgets drawn."""
+    """Wait until equations are set, and stored widgets are drawn and have said their state."""
     page.evaluate("window.MathJax?.startup?.promise?.then(() => true)")
-    page.wait_for_function(
-        f"document.querySelectorAll('.t2i[role=group]').length >= {stored_widgets(name)}",
-        timeout=20_000,
-    )
+    ready = f"""() => {{
+      const widgets = [...document.querySelectorAll(".t2i[role=group]")];
+      const says = widgets.map((widget) => widget.querySelector("[aria-live]").textContent);
+      return widgets.length >= {stored_widgets(name)} && says.every((text) => text);
+    }}"""
+    page.wait_for_function(ready, timeout=20_000)
 
 
 @pytest.mark.slow
