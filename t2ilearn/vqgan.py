@@ -244,7 +244,7 @@ def perceptual_distance(
 
 class VGGTrunk(nn.Module):
     """Five levels of VGG-16. With the weights that Zhang et al. (2018) learned for its channels,
-    which ship, the distance is the one known as LPIPS:
+    which ship, the distance is the one known as LPIPS::
 
         trunk = VGGTrunk(torchvision.models.vgg16(weights="IMAGENET1K_V1").features)
         perceptual_distance(trunk, x, y, weights.lpips_heads())
