@@ -360,7 +360,7 @@ def adaptive_weight(
         λ, without a gradient, at most 10⁴.
     """
     norms = [
-        torch.autograd.grad(_LOUD * term, last_layer, retain_graph=True)[0].float().norm() / _LOUD
+        precise(torch.autograd.grad(_LOUD * term, last_layer, retain_graph=True)[0]).norm() / _LOUD
         for term in (pictures, adversarial)
     ]
     return (norms[0] / (norms[1] + DELTA)).clamp(0, LARGEST_WEIGHT).detach()

@@ -92,7 +92,7 @@ def test_lambda(loudness, x):
     itself = SimpleNamespace(discriminator_weight=1.0)
     theirs = calculate(itself, pictures, opinion, last_layer=last.weight)
     mine = adaptive_weight(pictures, opinion, last.weight)
-    agree("adaptive λ (relative)", mine / theirs, torch.ones(()), atol=1e-6)  # λ is float32
+    agree("adaptive λ (relative)", mine / theirs, torch.ones(()), atol=1e-9)
 
 
 def test_lpips_of_a_shared_trunk(x, generator):
