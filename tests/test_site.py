@@ -197,6 +197,41 @@ def test_a_page_suits_every_reader(browser, addresses, name):
             assert not faults, "\n".join(faults)
 
 
+# axe leaves open what it cannot see through, tables in outputs among it: their ratios by hand, of
+# each text's colour and the first ground under it that is not clear (WCAG 2.2, 1.4.3).
+FAINT = """() => {
+  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b]
+    .map((v) => v / 255)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (node) => {
+    for (let at = node; at; at = at.parentElement) {
+      const colour = parts(getComputedStyle(at).backgroundColor);
+      if (colour[3] !== 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  return [...document.querySelectorAll(".text_html *")]
+    .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()))
+    .map((e) => [e.textContent, light(parts(getComputedStyle(e).color)), light(ground(e))])
+    .map(([text, a, b]) => [text, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)])
+    .filter(([, ratio]) => ratio < 4.5);
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("notebooks/")])
+def test_outputs_in_html_can_be_read(browser, addresses, name, scheme):
+    with Visit(browser, addresses["file"], name) as visit:
+        visit.page.add_style_tag(content=STILL)
+        visit.page.emulate_media(color_scheme=scheme)
+        visit.page.wait_for_function(f"document.documentElement.dataset.theme == '{scheme}'")
+        assert visit.page.locator(".text_html").count() > 0
+        assert visit.page.evaluate(FAINT) == []
+
+
 def stored_widgets(name: str) -> int:
     """How many widgets of this package a page shows; 0 where the page is no notebook."""
     path = ROOT / f"{name}.ipynb"
