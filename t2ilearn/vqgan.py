@@ -46,9 +46,8 @@ Trunk = Callable[[Tensor], Sequence[Tensor]]  # (B, 3, H, W) → feature maps, f
 
 DELTA = 1e-4  # keeps λ finite where the critic has nothing to say
 LARGEST_WEIGHT = 1e4  # of λ, as in the paper's code
-_LOUD = (
-    2.0**12
-)  # float16 gradients of a mean are too quiet to hear; a power of two changes no digit
+# float16 cannot hear the gradients of a mean over many pixels. A power of two changes no digit.
+_LOUD = 2.0**12
 SLACK = 1e-3  # by so much may pixels leave [−1, 1]
 
 

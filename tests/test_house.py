@@ -202,19 +202,12 @@ def code_lines(path: Path) -> int:
 
 def test_the_package_stays_compact():
     lines = {path: code_lines(path) for path in PACKAGE.rglob("*.py")}
-    rooms = {"models": 0, "data": 0, "teaching": 0, "machinery": 0}
-    for path, n in lines.items():
-        if path.stem in MODELS:
-            room = "models"
-        elif "data" in path.parts:
-            room = "data"
-        elif {"lessons", "widgets"} & set(path.parts) or path.stem == "studio":
-            room = "teaching"  # the chapters' own furniture: exercises with their known slips
-        else:
-            room = "machinery"  # to train, measure, keep and draw
-        rooms[room] += n
-    most = {"models": 2000, "data": 1500, "teaching": 2500, "machinery": 2800}
-    assert {room: n for room, n in rooms.items() if n >= most[room]} == {}
+    assert sum(n for path, n in lines.items() if path.stem in MODELS) < 2000
+    # The chapters' own furniture (exercises with their known slips, widgets) is counted apart.
+    teaching = {p for p in lines if {"lessons", "widgets"} & set(p.parts) or p.stem == "studio"}
+    # Some 300 of the rest are `foreign` and `taming`: other people's checkpoints and their layout.
+    assert sum(n for path, n in lines.items() if path not in teaching) < 5100
+    assert sum(lines[path] for path in teaching) < 2000
 
 
 # ---------------------------------------------------------------- imports and files
