@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2ilearn.data import Shapes
-from t2ilearn.data.bpe import SMALLEST, CaptionTokenizer
+from t2ilearn.data.bpe import LISTED, ROOM, SMALLEST, CaptionTokenizer
 from t2ilearn.data.captions import CaptionError
 from t2ilearn.tokens import END, NULL, PAD
 
@@ -76,6 +76,41 @@ def test_no_text_forges_a_special_token(tokenizer, text):
 def test_case_width_and_white_space_do_not_matter(tokenizer):
     rows = tokenizer.encode(["a blue ring", "  A\tBLUE \n ring ", "a ｂｌｕｅ ring"])
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+
+
+def test_a_fitted_tokenizer_has_room_for_words_it_never_met():
+    """Three words are few, in however many pieces they fall: they are not "too long"."""
+    said = ["a happy yellow face", "a sad blue face with a hat and glasses"] * 10
+    fitted = CaptionTokenizer.train(said).fitted(said)
+    assert fitted.length == ROOM + 1 > 3 * len(fitted.pieces(said[1]))
+    assert len(fitted.pieces("a purple cat")) > len(fitted.pieces(said[1]))
+    for caption in (*said, "a purple cat", "a grumpy purple unicorn", "x" * (ROOM - 1)):
+        assert fitted.decode(fitted.encode([caption])[0].tolist()) == caption
+    with pytest.raises(CaptionError, match=f"at most {ROOM} fit"):
+        fitted.encode(["x" * ROOM])  # and the blank that every word begins with
+
+
+@pytest.mark.parametrize(
+    ("longest", "length"), [(15, 32), (16, 33), (25, 51), (47, 95), (48, 96), (95, 96)]
+)
+def test_room_grows_with_the_longest_caption_up_to_the_limit(tokenizer, longest, length):
+    caption = "ring " * longest
+    assert len(tokenizer.pieces(caption)) == longest
+    fitted = tokenizer.fitted(["a ring", caption])
+    assert fitted.length == length and fitted.vocabulary == tokenizer.vocabulary
+    assert (fitted.encode([caption])[0] != PAD).sum() == longest + 1
+
+
+def test_captions_too_long_for_any_fit_are_listed_at_once(tokenizer):
+    """Else training would stop over the first of them, an hour later."""
+    with pytest.raises(
+        CaptionError, match=r"At most 95 tokens .*\n  96 tokens: 'ring ring"
+    ) as found:
+        tokenizer.fitted(["a ring", "ring " * 96, "ring " * 95, "star " * 200])
+    assert str(found.value).count("\n") == 2 and "200 tokens: 'star" in str(found.value)
+    many = ["ring " * (96 + n) for n in range(LISTED + 5)]
+    with pytest.raises(CaptionError, match="and 5 more"):
+        tokenizer.fitted(many)
 
 
 def test_it_comes_back_from_its_file(tokenizer, tmp_path):

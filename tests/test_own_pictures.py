@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from t2ilearn import recipes, weights
 from t2ilearn.data import CaptionError, CaptionTokenizer, FolderError, Shapes
 from t2ilearn.drawing import draw, load_system, load_tokenizer, redraw
+from t2ilearn.prior import PixelCNN, PriorConfig, TransformerPrior
 from t2ilearn.recipes import RECIPES, train_system
+from t2ilearn.tokens import PAD
 from t2ilearn.training import TrainingError
 
 
@@ -62,7 +65,7 @@ def test_the_tokenizer_lies_beside_the_prior_and_is_the_one_it_learned_from(runs
     tokenizer = load_tokenizer(path)
     assert isinstance(tokenizer, CaptionTokenizer)
     assert tokenizer.vocabulary == card["config"]["vocabulary"]
-    assert tokenizer.length == card["config"]["text_length"] < 32
+    assert tokenizer.length == card["config"]["text_length"] == card["tokenizer"]["length"] == 32
     file = path.with_name("tokenizer.json")
     kept = file.read_bytes()
     try:
@@ -78,6 +81,7 @@ def test_the_tokenizer_lies_beside_the_prior_and_is_the_one_it_learned_from(runs
 
 def test_it_draws_from_any_caption_and_redraws(runs, tmp_path):
     system = str(runs / "prior-tiny")
+    assert len(draw("a purple dog", system=system, count=1).pictures) == 1  # words it never met
     drawing = draw("Kätzchen 猫, on the sofa", system=system, count=2, seed=3)
     assert drawing.pictures.shape == (2, 3, 32, 32) and drawing.aligned == []
     assert "as stated" not in repr(drawing) + drawing._repr_html_()
@@ -116,6 +120,24 @@ def test_runs_go_to_a_folder_of_their_own(own, tmp_path, monkeypatch):
     assert path.parent.parent.resolve() == tmp_path / "runs" / "zoo"
 
 
+@pytest.mark.parametrize("kind", [TransformerPrior, PixelCNN])
+def test_room_for_longer_captions_changes_no_answer(kind, generator):
+    """What a fitted tokenizer leaves free is padding, and nobody looks at padding."""
+    sizes = PriorConfig(codes=16, side=3, width=16, depth=2, heads=2, vocabulary=20, text_length=6)
+    tight, roomy = kind(sizes).eval(), kind(replace(sizes, text_length=12)).eval()
+    state, own = tight.state_dict(), roomy.state_dict()["position"]
+    at = 6  # the places of codes, where they follow, come after those of words
+    state["position"] = torch.cat([state["position"][:at], own[at:12], state["position"][at:]])
+    roomy.load_state_dict(state)
+    codes = torch.randint(16, (3, 9), generator=generator)
+    caption = torch.randint(3, 20, (3, 6), generator=generator)
+    caption[0, 4:] = PAD
+    with torch.no_grad():
+        expected = tight(codes, caption)
+        found = roomy(codes, F.pad(caption, (0, 6), value=PAD))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_run_goes_on_only_with_what_it_began_with(own, tmp_path):
     """New pictures, or a new VQ-VAE, under an old checkpoint would be mixed in silence."""
     zoo = tmp_path / "zoo"
@@ -143,3 +165,13 @@ def test_a_folder_out_of_order_and_readers_are_refused(own, tmp_path):
     with pytest.raises(ValueError, match="Readers learn the shapes world alone"):
         train_system("judge", "book", tmp_path, data=own)
     assert not (tmp_path / "judge").exists()
+
+
+def test_a_caption_too_long_to_learn_is_refused_before_the_first_step(own, tmp_path):
+    zoo = tmp_path / "zoo"
+    shutil.copytree(own, zoo)
+    with open(zoo / "captions.csv", "a", encoding="utf-8") as file:
+        file.write(f"0.png,once upon a time {'猫' * 99}\n")
+    with pytest.raises(CaptionError, match=r"shorter:\n  \d+ tokens: 'once upon a time"):
+        train_system("vqvae", "tiny", tmp_path / "runs", data=zoo, steps=2, progress=False)
+    assert not (tmp_path / "runs").exists()

@@ -10,6 +10,7 @@ import pytest
 
 from t2ilearn import recipes, weights
 from t2ilearn.data import CaptionError, Folder, FolderError
+from t2ilearn.data.bpe import ROOM
 from t2ilearn.drawing import draw
 from t2ilearn.recipes import RECIPES, train_system
 
@@ -78,8 +79,13 @@ def test_drawing_and_what_it_refuses(home, runs, monkeypatch):
     assert (home / system).resolve() == (runs / "prior-tiny").resolve()
     drawing = draw(caption, system=system)
     assert drawing.pictures.shape == (4, 3, 32, 32) and drawing.aligned == []
-    assert len(draw("a happy pink hat", system=system, count=1).pictures) == 1
-    refusal = re.search(r'"(a purple cat)" has (\d+) tokens here, and at most (\d+) fit', PAGE)
+    for other in ("a happy pink hat", "a purple cat"):
+        assert f'"{other}"' in PAGE
+        assert len(draw(other, system=system, count=1).pictures) == 1
+    room = rf"room for {ROOM} tokens"
+    refusal = re.search(
+        rf'{room}.*"([^"]+)" has (\d+) tokens here,\s+and at most (\d+) fit', PAGE, re.S
+    )
     with pytest.raises(CaptionError, match=f"has {refusal[2]} tokens; at most {refusal[3]} fit"):
         draw(refusal[1], system=system)
     assert len(draw(caption, system=system, count=1, best_of=4).pictures) == 1

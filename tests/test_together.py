@@ -1,12 +1,14 @@
 """Worlds side by side: whose scene, whose picture, whose caption."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from t2ilearn import weights
 from t2ilearn.data import (
     CaptionedPictures,
     CaptionError,
@@ -23,7 +25,8 @@ from t2ilearn.data.emoji_captions import TEMPLATES, StatedEmoji, describe_emoji
 from t2ilearn.data.grammar import read_caption
 from t2ilearn.data.together import worlds_in
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
 
 
 def seeded(seed=0):
@@ -120,6 +123,10 @@ def test_a_caption_is_read_in_its_own_world():
         ("a smal red star above a blue ring", "Unknown word 'smal'.*small"),  # a slip of the pen
         ("a mauve star", "Unknown word 'mauve'"),
         ("a glossy red star above a blue ring", "Nothing here is called"),  # a style was named
+        ("a dodo on a red background", "Unknown background 'red'"),  # an emoji was named
+        ("a small red dodo", "Nearest known: dodo"),
+        ("🦤", "Nothing here is called '🦤'"),
+        ("a dodo left of a red star", "Unknown word 'dodo'"),  # only shapes stand beside each other
     ],
 )
 def test_errors_come_from_the_world_whose_words_they_are(caption, message):
@@ -164,3 +171,21 @@ def test_the_words_of_shapes_stay_whole():
     """Else an attribute would be spread over pieces that it shares with other words."""
     tokenizer = CaptionTokenizer.shared()
     assert [w for w in captions.VOCABULARY[3:] if len(tokenizer.pieces(w)) > 1] == []
+
+
+# --- what the second world cost the first -------------------------------------------------------
+
+
+def test_the_readme_holds_what_is_left_of_shapes_against_models_of_shapes_alone():
+    """In the order in which it tells: copies then, drawings then, copies now, drawings now."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = readme.split("What the second world cost the first")[1].split("\n\n")[0]
+    then, now = (
+        re.findall(r"\d+\.\d ± \d\.\d %", told)[:2],
+        re.findall(r"\d+\.\d ± \d\.\d %", told)[2:],
+    )
+    measured = [("vqvae-book", "judge on reconstructions"), ("prior-book", "test-full, as drawn")]
+    for (name, metric), before, after in zip(measured, then, now, strict=True):
+        card = weights.load(name).card
+        assert before in card["note"] and after == weights.figure(card["metrics"][metric])
+    assert float(then[1].split()[0]) - float(now[1].split()[0]) <= 3

@@ -30,6 +30,8 @@ SHARED = ASSETS / "tokenizer.json"  # learned from the captions of both worlds
 SHARED_LENGTH = 28  # the longest caption of either grammar has 24 tokens, and END
 SPECIAL = ("<pad>", "<end>", "<null>")  # in the order of `tokens`: 0, 1, 2
 SMALLEST = len(SPECIAL) + 256  # the bytes and nothing merged
+ROOM = 31  # tokens that a fitted tokenizer has room for at least: so many bytes of any text
+LISTED = 20  # captions that an error spells out
 
 
 class CaptionTokenizer:
@@ -91,9 +93,28 @@ class CaptionTokenizer:
         return cls(bpe, length)
 
     def fitted(self, captions: Sequence[str], limit: int = 96) -> "CaptionTokenizer":
-        """The same with the smallest T, at most `limit`, that all these captions fit into."""
-        longest = max((len(found.ids) for found in self._bpe.encode_batch(captions)), default=1)
-        return CaptionTokenizer(self._bpe, min(longest + 1, limit))
+        """The same with a T, at most `limit`, that all these captions fit into, with room to spare.
+
+        A word that was not learned from falls apart into as many pieces as it has bytes. So there
+        is room for twice the tokens of the longest caption, and for `ROOM` tokens in any case. A
+        prior trained on these captions alone learns nothing of the places beyond the longest.
+
+        Raises:
+            CaptionError: if some captions have more than `limit` − 1 tokens; the first are listed.
+        """
+        found = self._bpe.encode_batch(list(captions))
+        counts = [len(each.ids) for each in found]
+        over = {c: n for c, n in zip(captions, counts, strict=True) if n >= limit}
+        if over:
+            lines = [f"{n} tokens: {c[:60]!r} …" for c, n in over.items()]
+            if len(lines) > LISTED:
+                lines[LISTED:] = [f"… and {len(lines) - LISTED:,} more"]
+            raise CaptionError(
+                f"At most {limit - 1} tokens of a caption fit; say these shorter:\n  "
+                + "\n  ".join(lines)
+            )
+        room = max(ROOM, 2 * max(counts, default=0))
+        return CaptionTokenizer(self._bpe, min(room + 1, limit))
 
     def save(self, path: Path) -> dict[str, Any]:
         """Write a JSON file that `load` and the `tokenizers` library read.

@@ -43,6 +43,12 @@ def _names() -> dict[str, str]:
 
 
 @functools.cache
+def single_words() -> frozenset[str]:
+    """The names and synonyms that are one word, such as "dodo": enough to tell what is meant."""
+    return frozenset(name for name in _names() if " " not in name)
+
+
+@functools.cache
 def concept_numbers() -> dict[str, int]:
     """Each concept's number: the first column of an emoji scene."""
     return {name: number for number, name in enumerate(read_index()["concepts"])}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from t2ilearn.data import captions as words
 from t2ilearn.data.captions import CaptionError, Stated, parse
-from t2ilearn.data.emoji_captions import StatedEmoji, parse_emoji
+from t2ilearn.data.emoji_captions import StatedEmoji, parse_emoji, single_words
 from t2ilearn.data.emoji_files import STYLES
 
 # By the names of the worlds, in the order in which they are asked.
@@ -47,8 +47,16 @@ def read_caption(caption: str, worlds: Sequence[str] = ("shapes", "emoji")) -> S
 
 
 def _means_emoji(caption: str) -> bool:
-    """Whether a caption that nobody can read names a style, or has more words that the shapes world
-    does not know than words for the looks of a shape: "a smal red star" means a shape."""
-    said = set(re.findall(r"[\w'-]+", caption.lower()))
+    """Whether a caption that nobody can read is about an emoji.
+
+    It is if it names a style; if it names an emoji that the shapes world has no word for and puts
+    nothing beside it, as in "a dodo on a red background"; or if it has more words that the shapes
+    world does not know than words for the looks of a shape: "a smal red star" means a shape.
+    """
+    said = set(re.sub(r"[.,;:!?]", " ", caption.lower()).split())
     looks = {*words.SIZES, *words.PATTERNS, *words.COLOURS, *words.SHAPES}
-    return bool(said & set(STYLES)) or len(said - set(words.VOCABULARY)) > len(said & looks)
+    beside = {word for relation in words.RELATIONS for word in relation.split()} - {"of"}
+    strange = said - set(words.VOCABULARY)
+    if said & set(STYLES) or len(strange) > len(said & looks):
+        return True
+    return bool(strange & single_words()) and not said & beside
