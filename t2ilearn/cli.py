@@ -5,11 +5,13 @@ Imports of torch wait until a command needs them, so that `--help` answers at on
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from t2ilearn.drawing import Drawing
 
 app = typer.Typer(
@@ -24,7 +26,7 @@ app = typer.Typer(
 def draw(
     caption: Annotated[str, typer.Argument(help="What to draw, as an English sentence.")],
     system: Annotated[
-        str, typer.Option("--with", help="vqvae, vqgan, vqvae-tiny, or a prior's run folder.")
+        str, typer.Option("--with", help="vqvae, vqgan, dalle …, or a prior's run folder.")
     ] = "vqvae",
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 4,
@@ -34,22 +36,52 @@ def draw(
     best_of: Annotated[int, typer.Option(help="Draw so many for each one kept.")] = 1,
     temperature: Annotated[float, typer.Option(help="Below 1: safer; 0: greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest share of codes; 1: all.")] = 0.9,
+    top_k: Annotated[int | None, typer.Option(help="Keep so many likeliest codes.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="Who chooses the best: reader or likelihood.")
+    ] = None,
+    finish: Annotated[
+        Path | None, typer.Option(help="A picture to finish: its upper part stays.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="With --finish: so many of 8 rows stay.")] = 4,
     out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("drawing.png"),
 ) -> None:
     """Draw pictures for a caption and say how many show what it states."""
-    from t2ilearn.drawing import draw as draw_pictures
+    from t2ilearn import drawing
 
-    drawing = draw_pictures(
-        caption,
-        system=system,
-        seed=seed,
-        count=count,
-        guidance_scale=guidance_scale,
-        best_of=best_of,
-        temperature=temperature,
-        top_p=top_p,
-    )
-    _report(drawing, out)
+    how: dict[str, Any] = {
+        "system": system,
+        "seed": seed,
+        "count": count,
+        "guidance_scale": guidance_scale,
+        "best_of": best_of,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "scorer": scorer,
+    }
+    if finish is None:
+        drawn = drawing.draw(caption, **how)
+    else:
+        side = drawing.load_system(system).vqvae.config.resolution
+        drawn = drawing.complete(picture_file(finish, side), caption, rows=rows, **how)
+    _report(drawn, out)
+
+
+def picture_file(path: Path, side: int) -> "Tensor":
+    """A picture of any size as a tensor: its central square, (3, side, side) in [−1, 1].
+
+    Raises:
+        FolderError: if it is missing, or no picture that can be read.
+    """
+    from t2ilearn.data.picture_files import FolderError, read_picture, shrink
+
+    if not path.is_file():
+        raise FolderError(f"There is no picture {path}.")
+    try:
+        return shrink(read_picture(path), side).float().div(127.5).sub(1)
+    except FolderError as error:
+        raise FolderError(f"{path} {error}.") from None
 
 
 @app.command()

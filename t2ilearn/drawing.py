@@ -10,39 +10,53 @@ import hashlib
 import html
 import io
 import json
+import operator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
 from t2ilearn import __version__, weights
+from t2ilearn.dalle import DALLE, DVAE, Candidates, DVAEConfig, Scorer, beginning, keep_best
 from t2ilearn.data.bpe import CaptionTokenizer
-from t2ilearn.data.captions import Stated, WordTokenizer
+from t2ilearn.data.captions import CaptionError, Stated, WordTokenizer
 from t2ilearn.data.emoji_captions import StatedEmoji
 from t2ilearn.data.grammar import GRAMMARS, read_caption
 from t2ilearn.data.interface import Tokenizer
 from t2ilearn.data.together import worlds_in
 from t2ilearn.prior import PixelCNN, Prior, PriorConfig, TransformerPrior, log_likelihood, sample
 from t2ilearn.reader import Reader, ReaderConfig, aligned, aligned_emoji, score
+from t2ilearn.tokens import null_caption
 from t2ilearn.vqgan import VQGAN, Critic, CriticConfig
-from t2ilearn.vqvae import VQVAE, VQVAEConfig
+from t2ilearn.vqvae import VQVAE, PictureCodes, VQVAEConfig
 
 SYSTEMS = {
     "vqvae": ("vqvae-book", "prior-book"),
     "vqvae-tiny": ("vqvae-tiny", "prior-tiny"),
     "vqgan": ("vqgan-book", "vqgan-prior-book"),
+    "dalle": ("vqgan-book", "dalle-book"),
+    "dalle-dvae": ("dvae-book", "dalle-dvae-book"),
 }
 PRIORS: dict[str, type[Prior]] = {
     "prior": TransformerPrior,
     "pixelcnn": PixelCNN,
     "vqgan-prior": TransformerPrior,
+    "dalle": DALLE,
+    "dalle-dvae": DALLE,
 }
-CODES_OF = {"prior": "vqvae", "pixelcnn": "vqvae", "vqgan-prior": "vqgan"}
+CODES_OF = {
+    "prior": "vqvae",
+    "pixelcnn": "vqvae",
+    "vqgan-prior": "vqgan",
+    "dalle": "vqgan",
+    "dalle-dvae": "dvae",
+}
 # How `draw` samples unless told otherwise: the caption insisted on, the unlikeliest codes left out.
 GUIDANCE_SCALE, TOP_P = 2.0, 0.9
 METADATA_KEY = "t2ilearn"
@@ -56,7 +70,7 @@ class System(NamedTuple):
     are none where it learned pictures of your own.
     """
 
-    vqvae: VQVAE
+    vqvae: PictureCodes
     prior: Prior
     tokenizer: Tokenizer
     weights_id: str
@@ -68,12 +82,16 @@ def _config(kind: type, values: dict) -> Any:
     return kind(**lists)
 
 
-def load_vqvae(name: str | Path) -> VQVAE:
-    """A VQ-VAE, or a VQGAN without its critic, from shipped weights (or a path), in evaluation
-    mode."""
+def load_vqvae(name: str | Path) -> PictureCodes:
+    """A VQ-VAE, a VQGAN without its critic, or a dVAE, from shipped weights (or a path), in
+    evaluation mode."""
     stored = weights.load(name)
     if "critic" in stored.card:
         return load_players(name)[0]
+    if stored.card["system"] == "dvae":
+        dvae = DVAE(_config(DVAEConfig, stored.card["config"]))
+        weights.load_into(dvae, stored)
+        return dvae.eval()
     model = VQVAE(_config(VQVAEConfig, stored.card["config"]))
     weights.load_into(model, stored)
     return model.eval()
@@ -180,7 +198,7 @@ def load_system(name: str = "vqvae") -> System:
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that decides a drawing. `sampling` is the temperature and the truncations."""
+    """Everything that decides a drawing; `start` are codes of a picture to go on from."""
 
     caption: str
     system: str = "vqvae"
@@ -190,18 +208,27 @@ class Request:
     best_of: int = 1
     temperature: float = 1.0
     top_p: float | None = TOP_P
+    top_k: int | None = None
+    scorer: str | None = None
+    start: tuple[int, ...] = ()
 
     def check(self) -> None:
         """Raise `CaptionError` or `ValueError` if this cannot be drawn."""
         find_parts(self.system)
-        if worlds := load_system(self.system).worlds:
-            read_caption(self.caption, worlds)  # of your own pictures any caption can be asked for
+        worlds = load_system(self.system).worlds
+        if self.caption or not self.start:  # a picture that is begun may go on without a word
+            if worlds:
+                read_caption(self.caption, worlds)
+            elif not self.caption.strip():  # of your own pictures any caption can be asked for
+                raise CaptionError("The caption is empty: say what to draw.")
         if not 1 <= self.count * self.best_of <= MAX_COUNT or self.count < 1:
             raise ValueError(
                 f"count × best-of must be 1 … {MAX_COUNT}, not {self.count} × {self.best_of}."
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"The seed must be 0 … 2^63 − 1, not {self.seed}.")
+        if self.scorer not in (None, *SCORERS):
+            raise ValueError(f"A scorer is one of {', '.join(SCORERS)}, not {self.scorer!r}.")
         if not 0 <= self.guidance_scale <= 20:
             raise ValueError(f"The guidance scale must be 0 … 20, not {self.guidance_scale}.")
 
@@ -280,7 +307,6 @@ def _bytes(pictures: Float[Tensor, "n 3 h w"]) -> Tensor:
     return pictures.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
-@torch.no_grad()
 def draw(
     caption: str,
     *,
@@ -291,6 +317,8 @@ def draw(
     best_of: int = 1,
     temperature: float = 1.0,
     top_p: float | None = TOP_P,
+    top_k: int | None = None,
+    scorer: str | None = None,
 ) -> Drawing:
     """Draw pictures for a caption.
 
@@ -302,39 +330,103 @@ def draw(
         seed: the same seed, system and weights give the same pictures on the same machine.
         count: how many pictures.
         guidance_scale: 1 follows the caption as learned, more insists, 0 ignores it.
-        best_of: draw this many for each picture kept. The training reader chooses among shapes;
-            of what it cannot read, the prior keeps what it finds likeliest for the caption.
-        temperature, top_p: sharpen or truncate the distribution over codes.
+        best_of: draw this many for each picture kept.
+        temperature, top_p, top_k: sharpen or truncate the distribution over codes; temperature 0
+            always takes the likeliest code, so that all pictures are the same.
+        scorer: who chooses the best, one of `SCORERS`. By default the training reader among shapes,
+            and of what it cannot read what the prior finds likeliest.
 
     Raises:
         CaptionError: if the caption cannot be read.
         ValueError: if an argument is out of its range.
         WeightsError: if weights are missing or damaged.
     """
-    request = Request(caption, system, seed, count, guidance_scale, best_of, temperature, top_p)
+    sampling = (guidance_scale, best_of, temperature, top_p, top_k)
+    return _drawn(Request(caption, system, seed, count, *sampling, scorer))
+
+
+def complete(
+    picture: Float[Tensor, "3 h w"],
+    caption: str | None = None,
+    *,
+    rows: int = 4,
+    system: str = "dalle",
+    **how: Any,
+) -> Drawing:
+    """Finish a picture of which the upper part is given, so that it shows what the caption says.
+
+    Args:
+        picture: at the system's resolution, in [−1, 1]. What is below the rows kept is not looked
+            at.
+        caption: None goes on as the system likes.
+        rows: rows of codes to keep, from above.
+        system: which model draws.
+        how: seed, count, guidance_scale and all else that `draw` takes.
+
+    Raises:
+        CaptionError, ValueError, WeightsError: as `draw`, and for a picture of another size or
+            range, or no row left to draw.
+    """
+    if picture.ndim != 3:
+        raise ValueError(f"One picture is of shape (3, H, W), not {tuple(picture.shape)}.")
+    kept = beginning(load_system(system).vqvae, picture[None], rows)[0]
+    return _drawn(Request(caption or "", system, start=tuple(kept.tolist()), **how))
+
+
+@torch.no_grad()
+def _drawn(request: Request) -> Drawing:
+    """The pictures that a request decides."""
     request.check()
-    loaded = load_system(system)
-    stated = read_caption(caption, loaded.worlds) if loaded.worlds else None
-    n = count * best_of
-    generator = torch.Generator().manual_seed(seed)
-    ids = loaded.tokenizer.encode([caption]).expand(n, -1)
+    system, caption = load_system(request.system), request.caption
+    stated = read_caption(caption, system.worlds) if caption and system.worlds else None
+    name = request.scorer or ("reader" if isinstance(stated, Stated) else "likelihood")
+    if name == "reader" and not isinstance(stated, Stated):
+        raise ValueError("The training reader reads captions of shapes; let likelihood choose.")
+    n = request.count * request.best_of
+    ids = _ids(system, [caption])
+    start = torch.tensor([request.start], dtype=torch.int64).expand(n, -1)
     codes = sample(
-        loaded.prior,
-        ids,
-        temperature=temperature,
-        top_p=top_p,
-        guidance_scale=guidance_scale,
-        generator=generator,
+        system.prior,
+        ids.expand(n, -1),
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        guidance_scale=request.guidance_scale,
+        start=start,
+        generator=torch.Generator().manual_seed(request.seed),
     )
-    pictures = loaded.vqvae.decode_tokens(codes).clamp(-1, 1)
-    if best_of > 1:
-        if isinstance(stated, Stated):
-            scores = score(load_reader("reader"), pictures, [caption] * n)
-        else:
-            scores = log_likelihood(loaded.prior, codes, ids)
-        pictures = pictures.view(count, best_of, *pictures.shape[1:])
-        pictures = pictures[torch.arange(count), scores.view(count, best_of).argmax(1)]
-    return Drawing(pictures, request, loaded.weights_id, _read_by_judge(pictures, caption, stated))
+    pictures = system.vqvae.decode_tokens(codes).clamp(-1, 1)
+    if request.best_of > 1:
+        candidates = Candidates(pictures, codes, [caption] * n)
+        pictures, _ = keep_best(candidates, request.best_of, SCORERS[name](system))
+    return Drawing(pictures, request, system.weights_id, _read_by_judge(pictures, caption, stated))
+
+
+def by_reader(system: System) -> Scorer:
+    """How surely the training reader finds in a picture what its caption says: shapes only."""
+    return lambda among: score(load_reader("reader"), among.pictures, among.captions)
+
+
+def by_likelihood(system: System) -> Scorer:
+    """How likely the prior finds a picture's codes, given its caption."""
+
+    return lambda among: log_likelihood(system.prior, among.codes, _ids(system, among.captions))
+
+
+def _ids(system: System, captions: list[str]) -> Int[Tensor, "n t"]:
+    """Captions as the system reads them; an empty one says nothing at all."""
+    ids = null_caption(len(captions), system.prior.config.words)
+    said = [number for number, caption in enumerate(captions) if caption]
+    if said:
+        ids[said] = system.tokenizer.encode([captions[number] for number in said])
+    return ids
+
+
+# Who may choose among drawings; the judges may not, for they judge what was chosen.
+SCORERS: dict[str, Callable[[System], Scorer]] = {
+    "reader": by_reader,
+    "likelihood": by_likelihood,
+}
 
 
 def _read_by_judge(
@@ -369,6 +461,7 @@ def redraw(path: str | Path) -> Drawing:
         stored = json.loads(text)
         weights_id = stored.pop("weights")
         stored.pop("version")
+        stored["start"] = tuple(map(operator.index, stored.get("start", ())))
         request = replace(Request(stored["caption"]), **stored)
         request.check()
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -378,4 +471,7 @@ def redraw(path: str | Path) -> Drawing:
             f"{path} was drawn with weights {weights_id}, but "
             f"{load_system(request.system).weights_id} are installed; the picture would differ."
         )
-    return draw(**asdict(request))
+    try:
+        return _drawn(request)
+    except TypeError as error:  # a word where a number belongs
+        raise ValueError(f"The metadata of {path} are damaged: {error}.") from None

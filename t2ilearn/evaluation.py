@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from t2ilearn.dalle import DALLE
 from t2ilearn.data import CaptionedPictures, Emoji, Shapes, Together, Tokenizer, parse
 from t2ilearn.data.emoji_files import STYLES
 from t2ilearn.data.shapes import FIELDS
@@ -32,12 +33,13 @@ from t2ilearn.metrics import (
     psnr,
 )
 from t2ilearn.prior import Prior, sample
-from t2ilearn.reader import Reader, aligned, facts_of, junk, read, read_emoji
+from t2ilearn.reader import Reader, aligned, facts_of, junk, read, read_emoji, score
 from t2ilearn.tokens import null_caption
-from t2ilearn.vqvae import VQVAE
+from t2ilearn.vqvae import PictureCodes
 
 TEST_PICTURES = 5_000  # codebook usage is over so many
 CHUNK = 125
+MOST = 8  # drawings a caption, of which the best is kept
 
 
 def share(right: Bool[Tensor, " n"]) -> dict[str, float]:
@@ -107,8 +109,9 @@ def evaluate_emoji_judge(judge: Reader, world: Emoji, seed: int = 5000) -> dict[
         found = _shown(judge, version, scenes)
         metrics |= {f"{what}, {name}": share(right) for what, right in found.items()}
         if name == "real":
-            other = _shown(judge, version, scenes.roll(1, dims=0))
-            metrics["concept, floor (drawings shuffled)"] = share(other["concept"])
+            anyone = torch.randperm(len(scenes), generator=generator)  # a neighbour is a relative
+            other = _shown(judge, version, scenes[anyone])
+            metrics |= {f"{what}, floor (drawings shuffled)": share(r) for what, r in other.items()}
     readable = read_emoji(judge, junk(pictures, generator)).readable
     return metrics | {"junk called readable": share(readable)}
 
@@ -131,7 +134,7 @@ def _worlds(world: CaptionedPictures) -> tuple[CaptionedPictures, ...]:
 
 
 @torch.no_grad()
-def evaluate_vqvae(model: VQVAE, world: CaptionedPictures, n: int = 2000) -> dict[str, Any]:
+def evaluate_vqvae(model: PictureCodes, world: CaptionedPictures, n: int = 2000) -> dict[str, Any]:
     """Codebook usage and perplexity over test pictures of all worlds; for each world PSNR, and
     what the judge still reads where there is one."""
     generator = torch.Generator().manual_seed(0)
@@ -150,7 +153,7 @@ def evaluate_vqvae(model: VQVAE, world: CaptionedPictures, n: int = 2000) -> dic
 
 
 def _copies(
-    model: VQVAE, world: CaptionedPictures, n: int, generator: torch.Generator
+    model: PictureCodes, world: CaptionedPictures, n: int, generator: torch.Generator
 ) -> dict[str, Any]:
     """PSNR on a world's first test set; of shapes also what the judge reads, and distances."""
     real = world.test_set(world.test_sets[0], n)
@@ -170,7 +173,7 @@ def _copies(
     }
 
 
-def _emoji_copies(model: VQVAE, world: Emoji, n: int) -> dict[str, Any]:
+def _emoji_copies(model: PictureCodes, world: Emoji, n: int) -> dict[str, Any]:
     """PSNR and the emoji judge on reconstructions, of pairs seen in training and of held-out ones,
     beside real pictures."""
     judge, generator = load_reader("emoji-judge"), torch.Generator().manual_seed(0)
@@ -196,7 +199,9 @@ def _mean_psnr(copies: Tensor, real: Tensor, generator: torch.Generator) -> dict
     return rounded(bootstrap(lambda x: x.mean().item(), each, generator=generator), 2)
 
 
-def _reconstructed(model: VQVAE, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+def _reconstructed(
+    model: PictureCodes, pictures: Float[Tensor, "n 3 h w"]
+) -> Float[Tensor, "n 3 h w"]:
     parts = [model.decode_tokens(model.tokens(part)) for part in pictures.split(CHUNK)]
     return torch.cat(parts).clamp(-1, 1)
 
@@ -209,7 +214,7 @@ MANNERS: dict[str, dict[str, float]] = {
 
 @torch.no_grad()
 def evaluate_prior(
-    vqvae: VQVAE, prior: Prior, world: CaptionedPictures, tokenizer: Tokenizer, n: int = 2000
+    vqvae: PictureCodes, prior: Prior, world: CaptionedPictures, tokenizer: Tokenizer, n: int = 2000
 ) -> dict[str, Any]:
     """What is drawn, sampled as learned and as `draw` does, by the judges of the worlds; where no
     judge reads a world, likelihoods."""
@@ -217,6 +222,8 @@ def evaluate_prior(
     for each in _worlds(world):
         if isinstance(each, Shapes):
             metrics |= _shapes_drawn(vqvae, prior, each, tokenizer, n)
+            if isinstance(prior, DALLE):
+                metrics |= evaluate_choice(vqvae, prior, each, tokenizer, n)
         elif isinstance(each, Emoji):
             metrics |= _emoji_drawn(vqvae, prior, each, tokenizer, n)
         else:
@@ -225,7 +232,7 @@ def evaluate_prior(
 
 
 def _shapes_drawn(
-    vqvae: VQVAE, prior: Prior, world: Shapes, tokenizer: Tokenizer, n: int
+    vqvae: PictureCodes, prior: Prior, world: Shapes, tokenizer: Tokenizer, n: int
 ) -> dict[str, Any]:
     """Caption alignment on the three test sets, and how far the drawings are from real pictures,
     beside reconstructions (ceiling) and other real pictures (floor)."""
@@ -254,6 +261,28 @@ def _shapes_drawn(
     return metrics | {f"{what}, floor (real)": v for what, v in floor.items()}
 
 
+@torch.no_grad()
+def evaluate_choice(
+    vqvae: PictureCodes, prior: Prior, world: Shapes, tokenizer: Tokenizer, n: int = 2000
+) -> dict[str, Any]:
+    """Best of 1, 2, 4 and 8: the training reader chooses among n drawings, eight a caption of
+    test-full, and the judge says whether the kept ones are right. The interval is a bootstrap's
+    over the captions, for eight drawings of one caption are no eight captions."""
+    captions = [c for c in world.test_scenes("test-full", n // MOST)[1] for _ in range(MOST)]
+    drawn, _ = draw_each(vqvae, prior, tokenizer.encode(captions), MANNERS["as drawn"])
+    marks = score(load_reader("reader"), drawn, captions).view(-1, MOST)
+    right = aligned(load_reader("judge"), drawn, captions).view(-1, MOST)  # (captions, 8)
+    generator, metrics = torch.Generator().manual_seed(0), dict[str, Any]()
+    for count in (1, 2, 4, MOST):
+        groups = marks.unflatten(1, (-1, count))
+        kept = right.unflatten(1, (-1, count)).gather(2, groups.argmax(2, keepdim=True))
+        each = kept.double().mean((1, 2))  # a caption's share of groups whose best is right
+        value, low, high = bootstrap(lambda x: x.mean().item(), each, generator=generator)
+        interval = Interval(value, max(0.0, low), min(1.0, high))
+        metrics[f"test-full, best of {count} by the reader"] = rounded(interval)
+    return metrics
+
+
 def binding(
     reader: Reader, pictures: Float[Tensor, "n 3 h w"], captions: list[str]
 ) -> Bool[Tensor, " m"]:
@@ -276,7 +305,7 @@ def binding(
 
 @torch.no_grad()
 def _emoji_drawn(
-    vqvae: VQVAE, prior: Prior, world: Emoji, tokenizer: Tokenizer, n: int
+    vqvae: PictureCodes, prior: Prior, world: Emoji, tokenizer: Tokenizer, n: int
 ) -> dict[str, Any]:
     """Concept and style of what is drawn for pairs of the two that training held, and for pairs
     held out, beside reconstructions (ceiling) and other captions' drawings (floor)."""
@@ -291,14 +320,16 @@ def _emoji_drawn(
             drawn, _ = draw_each(vqvae, prior, tokenizer.encode(captions), how)
             for what, right in _shown(judge, drawn, scenes).items():
                 metrics[f"emoji, {what}, {name}, {manner}"] = share(right)
-            other = _shown(judge, drawn, scenes.roll(1, dims=0))["concept in the first five"]
-            metrics[f"emoji, floor: captions shuffled, {name}, {manner}"] = share(other)
+            other = _shown(judge, drawn, scenes.roll(1, dims=0))
+            for what, kind in (("concept in the first five", ""), ("style", "style, ")):
+                floor = f"emoji, floor: {kind}captions shuffled, {name}, {manner}"
+                metrics[floor] = share(other[what])
     return metrics
 
 
 @torch.no_grad()
 def evaluate_likelihood(
-    vqvae: VQVAE, prior: Prior, world: CaptionedPictures, tokenizer: Tokenizer, n: int = 2000
+    vqvae: PictureCodes, prior: Prior, world: CaptionedPictures, tokenizer: Tokenizer, n: int = 2000
 ) -> dict[str, Any]:
     """Nats a code on test pictures, under their own captions, under another picture's, and under
     none: what can be said of any world, also where no judge reads what is drawn."""
@@ -314,7 +345,10 @@ def evaluate_likelihood(
     metrics: dict[str, Any] = {"test pictures": len(codes)}
     for what, ids in captions.items():
         pairs = zip(codes.split(CHUNK), ids.split(CHUNK), strict=True)
-        losses = [F.cross_entropy(prior(q, c).mT, q, reduction="none").mean(1) for q, c in pairs]
+        losses = [
+            F.cross_entropy(prior.code_logits(q, c).mT, q, reduction="none").mean(1)
+            for q, c in pairs
+        ]
         each = torch.cat(losses)  # (n,)
         interval = bootstrap(lambda x: x.mean().item(), each, generator=generator)
         metrics[what] = rounded(interval)
@@ -322,7 +356,7 @@ def evaluate_likelihood(
 
 
 def draw_each(
-    vqvae: VQVAE, prior: Prior, captions: Int[Tensor, "n t"], how: dict[str, float]
+    vqvae: PictureCodes, prior: Prior, captions: Int[Tensor, "n t"], how: dict[str, float]
 ) -> tuple[Float[Tensor, "n 3 h w"], float]:
     """One drawing for each caption's ids, sampled by `how`, and the seconds that all took."""
     generator, began = torch.Generator().manual_seed(0), time.perf_counter()

@@ -125,8 +125,9 @@ class Curves:
     def note(self, names: tuple[str, ...], values: list[Any], device: torch.device) -> None:
         """Keep one step's numbers without waiting for the device."""
         self._names = names
-        row = [torch.as_tensor(value, device=device).detach().float() for value in values]
-        self._unread.append(torch.stack(row))
+        row = [torch.as_tensor(value, device=device).detach() for value in values]
+        kinds = [torch.promote_types(value.dtype, torch.float32) for value in row]
+        self._unread.append(torch.stack([x.to(kind) for x, kind in zip(row, kinds, strict=True)]))
 
     def read(
         self, done: int, mean: Callable[[Tensor], Tensor], skipped: Callable[[list[str]], bool]

@@ -145,6 +145,12 @@ class Prior(nn.Module):
             wrong = f"{codes.min().item()} … {codes.max().item()}"
             raise ValueError(f"Codes are numbers from 0 to {last}; these are {wrong}.")
 
+    def code_logits(
+        self, codes: Int[Tensor, "b n"], caption: Int[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "b n k"]:
+        """Logits of every code, from the caption and the codes before it."""
+        return self(codes, caption)
+
     def next_logits(
         self,
         codes: Int[Tensor, "b n"],
@@ -152,7 +158,7 @@ class Prior(nn.Module):
         caches: list[KVCache] | None = None,
     ) -> Float[Tensor, "b k"]:
         """Logits of the code that comes after these. Without caches: everything anew."""
-        return self(F.pad(codes, (0, 1)), caption)[:, -1]
+        return self.code_logits(F.pad(codes, (0, 1)), caption)[:, -1]
 
     def new_caches(self, batch: int) -> list[KVCache] | None:
         """Empty caches for `next_logits`, if this prior has a use for them."""
@@ -164,7 +170,7 @@ def log_likelihood(
     model: Prior, codes: Int[Tensor, "b n"], caption: Int[Tensor, "b t"] | None = None
 ) -> Float[Tensor, " b"]:
     """log p(q | c) of whole pictures, in nats: which of several is the likeliest for a caption."""
-    logits = model(codes, caption).float()
+    logits = model.code_logits(codes, caption).float()
     return -F.cross_entropy(logits.mT, codes, reduction="none").sum(1)
 
 
@@ -185,7 +191,7 @@ class TransformerPrior(Prior):
             TransformerBlock(config.width, config.heads) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width)
-        self.apply(_gpt2_init)
+        self.apply(gpt2_init)
 
     def forward(
         self, codes: Int[Tensor, "b n"], caption: Int[Tensor, "b t"] | None = None
@@ -253,7 +259,7 @@ class TransformerPrior(Prior):
         return (allowed & real[:, None])[:, None]
 
 
-def _gpt2_init(module: nn.Module) -> None:
+def gpt2_init(module: nn.Module) -> None:
     """Radford et al. 2019: all matrices alike, no bias."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=INIT)
@@ -407,7 +413,9 @@ def sample_steps(
     """
     check_sampling(model.config, temperature, top_k, top_p, guidance_scale)
     given = caption if start is None else start
-    batch = (count or 1) if given is None else len(given)
+    batch = (1 if count is None else count) if given is None else len(given)
+    if batch < 1:
+        raise ValueError(f"At least one picture, please, not {batch}.")
     device = next(model.parameters()).device
     codes = torch.zeros(batch, 0, dtype=torch.int64, device=device) if start is None else start
     model.check(codes, caption)

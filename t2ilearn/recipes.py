@@ -22,6 +22,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from t2ilearn import __version__, weights
+from t2ilearn.dalle import (
+    DVAE,
+    KL_WEIGHT,
+    DVAEConfig,
+    Stream,
+    dalle_loss,
+    dvae_loss,
+    gumbel_noise,
+    kl_weight_at,
+    temperature_at,
+)
 from t2ilearn.data import (
     CaptionedPictures,
     CaptionTokenizer,
@@ -46,9 +57,9 @@ from t2ilearn.evaluation import (
 )
 from t2ilearn.prior import Prior, PriorConfig, drop_captions, prior_loss, sample
 from t2ilearn.reader import Reader, ReaderConfig, junk, reader_loss
-from t2ilearn.training import TrainConfig, TrainingError, TrainResult, train
+from t2ilearn.training import TrainConfig, TrainingError, TrainResult, is_first_process, train
 from t2ilearn.vqgan import VQGAN, Critic, CriticConfig, Objective, Players, perceptual_distance
-from t2ilearn.vqvae import VQVAE, VQVAEConfig, vqvae_loss
+from t2ilearn.vqvae import VQVAE, PictureCodes, VQVAEConfig, vqvae_loss
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Recipe:
     tokenizer: Callable[[], Tokenizer] = WordTokenizer
     critic: CriticConfig | None = None  # of a VQGAN, and what the two are trained for
     objective: Objective | None = None
+    kl_weight: float = KL_WEIGHT  # of a dVAE, at the end
 
 
 def both_worlds() -> Together:
@@ -127,6 +139,17 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         TrainConfig(40_000, 32, 1.5e-3, 0.03, ema_decay=0.999),
         tokenizer=CaptionTokenizer.shared,
     ),
+    ("dvae", "tiny"): Recipe(
+        TinyShapes,
+        DVAEConfig(resolution=32, channels=(32, 64), blocks=1, codes=256, code_dim=16),
+        TrainConfig(6000, 16, 2e-3, gradient_clip=0.2, ema_decay=0.995),
+        kl_weight=KL_WEIGHT / 4,  # a code pays for a quarter as many numbers: β/192 a nat, as ever
+    ),
+    ("dvae", "book"): Recipe(
+        both_worlds,
+        DVAEConfig(resolution=64, channels=(32, 64, 160), blocks=1, codes=1024, code_dim=32),
+        TrainConfig(24_000, 16, 1e-3, gradient_clip=0.2, ema_decay=0.999),
+    ),
     ("pixelcnn", "tiny"): Recipe(
         TinyShapes,
         PriorConfig(codes=256, width=40, depth=4, heads=2, vocabulary=WORDS.vocabulary),
@@ -142,6 +165,8 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 
 for _preset in ("tiny", "book"):  # the second stage is chapter 3's
     RECIPES["vqgan-prior", _preset] = RECIPES["prior", _preset]
+    for _name in ("dalle", "dalle-dvae"):  # the same sizes, words and codes in one stream
+        RECIPES[_name, _preset] = RECIPES["prior", _preset]
 
 # What each part of a VQGAN's loss is good for: the same training without it.
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -179,6 +204,12 @@ BARS: dict[tuple[str, str], dict[str, float]] = {
         "emoji, concept on reconstructions, held-out": 0.9,
     },
     ("vqgan-prior", "book"): {"test-full, as drawn": 0.95},
+    ("dalle", "book"): {
+        "test-full, as drawn": 0.96,
+        "composition, as drawn": 0.88,
+        "emoji, style, seen, as drawn": 0.95,
+        "emoji, concept in the first five, seen, as drawn": 0.85,
+    },
     ("prior", "tiny"): {"test-full, as drawn": 0.8},
     ("prior", "book"): {
         "test-full, as drawn": 0.86,
@@ -244,10 +275,11 @@ class Job:
                     f"{path.parent} holds a run that learned from something else "
                     f"({', '.join(changed)}). Remove that folder, or name another with --runs."
                 )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weights.write_atomically(path, json.dumps(learns_from).encode("utf-8"))
+        if is_first_process():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            weights.write_atomically(path, json.dumps(learns_from).encode("utf-8"))
 
-    def vqvae(self) -> tuple[VQVAE, str]:
+    def vqvae(self) -> tuple[PictureCodes, str]:
         """The VQ-VAE, or VQGAN, whose codes a prior learns, and its SHA-256: this folder's, or the
         shipped."""
         name = f"{CODES_OF[self.system]}-{self.preset}"
@@ -305,6 +337,8 @@ def train_system(
     run, evaluate = _SYSTEMS[system]
     job.claim()
     result = run(job)
+    if not is_first_process():  # of several processes one measures and writes
+        return job.runs / job.name / f"{job.name}.safetensors"
     card: dict[str, Any] = {
         "system": system,
         "preset": preset,
@@ -453,19 +487,25 @@ def _train_codes(
         elif quantize and step % REVIVE_EVERY == 0 and progress < 0.7:
             vqvae.revive(x, generator)
 
-    examples = world.test_set(world.test_sets[0], 8).pictures
-
-    def draw_samples(_: nn.Module) -> Tensor:
-        x = examples.to(next(vqvae.parameters()).device)
-        return torch.cat([x, vqvae.decode_tokens(vqvae.tokens(x))])
-
+    copies = _copies(vqvae, world)
     return job.train(
-        model, make_batch, compute_loss, after_step=tend_codes, draw_samples=draw_samples, **options
+        model, make_batch, compute_loss, after_step=tend_codes, draw_samples=copies, **options
     )
 
 
+def _copies(model: PictureCodes, world: CaptionedPictures) -> Callable[[nn.Module], Tensor]:
+    """What a run shows of itself: eight test pictures, and these from their codes."""
+    examples = world.test_set(world.test_sets[0], 8).pictures
+
+    def draw_samples(_: nn.Module) -> Tensor:
+        x = examples.to(next(model.parameters()).device)
+        return torch.cat([x, model.decode_tokens(model.tokens(x))])
+
+    return draw_samples
+
+
 def _evaluate_vqvae(job: Job, model: nn.Module) -> dict[str, Any]:
-    assert isinstance(model, VQVAE)
+    assert isinstance(model, PictureCodes)
     return evaluate_vqvae(model, job.world)
 
 
@@ -495,12 +535,34 @@ def _evaluate_vqgan(job: Job, players: nn.Module) -> dict[str, Any]:
     return evaluate_vqvae(players.generator, job.world)
 
 
+# --- dVAE --------------------------------------------------------------------------------------
+
+
+def _train_dvae(job: Job) -> TrainResult:
+    world, recipe = job.world, job.recipe
+    torch.manual_seed(recipe.train.seed)
+    model = DVAE(recipe.model)
+    size, steps, side = recipe.train.batch_size, recipe.train.steps, recipe.model.side
+
+    def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+        scenes = world.scenes(size, recipe.split, generator=generator)
+        noise = gumbel_noise((size, recipe.model.codes, side, side), generator)
+        return world.pictures(scenes, generator), noise, step / steps
+
+    def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
+        x, noise, share = batch
+        output = model(x, temperature_at(share), noise)
+        return dvae_loss(x, output, kl_weight_at(share, recipe.kl_weight))
+
+    return job.train(model, make_batch, compute_loss, draw_samples=_copies(model, world))
+
+
 # --- priors over its codes ---------------------------------------------------------------------
 
 
 @torch.no_grad()
 def encode_world(
-    vqvae: VQVAE, world: CaptionedPictures, n: int, seed: int
+    vqvae: PictureCodes, world: CaptionedPictures, n: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Scenes (n, facts) and their codes (n, N), computed once: training never touches a pixel."""
     generator = torch.Generator().manual_seed(seed)
@@ -521,7 +583,10 @@ def _train_prior(job: Job) -> TrainResult:
 
     def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
         tokens, captions = batch
-        return prior_loss(model(tokens, captions), tokens)
+        said = model(tokens, captions)
+        if isinstance(said, Stream):
+            return dalle_loss(said, captions, tokens)
+        return prior_loss(said, tokens)
 
     torch.manual_seed(recipe.train.seed)
     prior = PRIORS[job.system](recipe.model)
@@ -547,7 +612,6 @@ _SYSTEMS: dict[str, tuple[Callable[[Job], TrainResult], Callable[[Job, nn.Module
     "emoji-judge": (_train_reader, _evaluate_reader),
     "vqvae": (_train_vqvae, _evaluate_vqvae),
     **dict.fromkeys(["vqgan", *ABLATIONS], (_train_vqgan, _evaluate_vqgan)),
-    "prior": (_train_prior, _evaluate_prior),
-    "vqgan-prior": (_train_prior, _evaluate_prior),
-    "pixelcnn": (_train_prior, _evaluate_prior),
+    "dvae": (_train_dvae, _evaluate_vqvae),
+    **dict.fromkeys(PRIORS, (_train_prior, _evaluate_prior)),
 }

@@ -22,6 +22,7 @@ if nothing had happened: bit for bit on a CPU.
 
 import hashlib
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -32,9 +33,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.utils import parse_flag_from_env, send_to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -113,7 +115,8 @@ def train(
         resume: False starts over.
 
     Ctrl-C finishes the step, writes a checkpoint and returns what there is; a second one does not
-    wait for the step. All generators are on the CPU.
+    wait for the step. Of several processes all end at once; the last checkpoint stays. All
+    generators are on the CPU.
 
     Raises:
         TrainingError: if a loss or gradient is NaN or infinite (the last good checkpoint stays),
@@ -157,6 +160,8 @@ def train(
                     run.stopped = True
                     break
         except KeyboardInterrupt:
+            if accelerator.num_processes > 1:  # the others may wait for us in the middle of a step
+                raise
             run.stopped = True
         finally:
             _unwrap(bare, home)
@@ -194,6 +199,13 @@ def seeded(seed: int, step: int, stream: str, process: int = 0) -> torch.Generat
     """A CPU generator that depends on these four and on nothing else."""
     digest = hashlib.sha256(f"{seed}/{step}/{stream}/{process}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes files: the only one, or the first of several."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def precision_for(device: torch.device) -> str:
@@ -333,9 +345,12 @@ def _accelerator(precision: str | None) -> Accelerator:
     choices = ("no", "bf16", "fp16")
     if precision is not None and precision not in choices:
         raise ValueError(f"Unknown precision {precision!r}; one of {', '.join(choices)}.")
-    chosen = precision or precision_for(PartialState().device)
+    # Without a GPU Accelerate takes `torchrun` for so many runs of one process, unless told `cpu`.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.cuda.is_available())
+    chosen = precision or precision_for(PartialState(cpu=cpu).device)
     AcceleratorState._reset_state()  # else one notebook could train in one precision only
-    return Accelerator(mixed_precision=chosen)
+    return Accelerator(mixed_precision=chosen, cpu=cpu)
 
 
 def _adamw(model: nn.Module, config: TrainConfig, betas: tuple[float, float]) -> torch.optim.AdamW:

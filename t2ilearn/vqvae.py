@@ -28,7 +28,7 @@ Letters: B batch, H and W picture, h and w grid of codes, N = h · w, K codes, D
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,18 +40,15 @@ from t2ilearn.layers import GROUPS
 
 
 @dataclass(frozen=True)
-class VQVAEConfig:
-    """Sizes of a VQ-VAE, and of the autoencoders that lead up to it.
+class CodesConfig:
+    """Sizes of a model that makes codes of pictures.
 
     Args:
         resolution: side of the picture, H = W.
         channels: one entry a level; each level halves the side, so that h = H / 2^levels.
         blocks: residual blocks in the coarsest level; the finer, dearer ones have one.
-        codes: K. For "fsq" it must be the D-th power of a whole number: 512 = 8³.
+        codes: K.
         code_dim: D.
-        quantizer: how the codes learn: "ema", "gradient", or not at all, "fsq".
-        cosine: compare directions only; "fsq" has no use for it.
-        beta: β, weight of the commitment.
 
     Raises:
         ValueError: if the sizes do not fit together.
@@ -62,9 +59,6 @@ class VQVAEConfig:
     blocks: int = 2
     codes: int = 1024
     code_dim: int = 32
-    quantizer: str = "ema"
-    cosine: bool = True
-    beta: float = 0.25
 
     def __post_init__(self) -> None:
         if not self.channels or any(c < 1 or c % GROUPS for c in self.channels):
@@ -75,17 +69,40 @@ class VQVAEConfig:
                 f"{len(self.channels)} levels halve the side {len(self.channels)} times: the "
                 f"resolution must be a multiple of {shrink}, not {self.resolution}."
             )
-        if self.quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer is one of {QUANTIZERS}, not {self.quantizer!r}.")
-        if min(self.codes - 1, self.code_dim, self.blocks) < 1 or self.beta < 0:
-            raise ValueError(
-                "At least two codes, one number in each, one block, and β ≥ 0, please."
-            )
+        if min(self.codes - 1, self.code_dim, self.blocks) < 1:
+            raise ValueError("At least two codes, one number in each, and one block, please.")
 
     @property
     def side(self) -> int:
         """h = w, the side of the grid of codes."""
         return self.resolution // 2 ** len(self.channels)
+
+
+@dataclass(frozen=True)
+class VQVAEConfig(CodesConfig):
+    """Sizes of a VQ-VAE, and of the autoencoders that lead up to it.
+
+    Args:
+        resolution, channels, blocks, codes, code_dim: see `CodesConfig`. For "fsq" K must be the
+            D-th power of a whole number: 512 = 8³.
+        quantizer: how the codes learn: "ema", "gradient", or not at all, "fsq".
+        cosine: compare directions only; "fsq" has no use for it.
+        beta: β, weight of the commitment.
+
+    Raises:
+        ValueError: if the sizes do not fit together.
+    """
+
+    quantizer: str = "ema"
+    cosine: bool = True
+    beta: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer is one of {QUANTIZERS}, not {self.quantizer!r}.")
+        if self.beta < 0:
+            raise ValueError(f"β must be 0 or more, not {self.beta}.")
 
 
 QUANTIZERS = ("ema", "gradient", "fsq")
@@ -94,7 +111,7 @@ QUANTIZERS = ("ema", "gradient", "fsq")
 # --- from pictures to a small grid of vectors, and back ----------------------------------------
 
 
-def _blocks_per_level(config: VQVAEConfig) -> list[int]:
+def _blocks_per_level(config: CodesConfig) -> list[int]:
     return [1] * (len(config.channels) - 1) + [config.blocks]
 
 
@@ -118,7 +135,7 @@ class PlainBlock(nn.Module):
 class Encoder(nn.Sequential):
     """(B, 3, H, W) → (B, outputs, h, w); by default D outputs."""
 
-    def __init__(self, config: VQVAEConfig, outputs: int | None = None) -> None:
+    def __init__(self, config: CodesConfig, outputs: int | None = None) -> None:
         layers: list[nn.Module] = []
         before = 3
         for width, count in zip(config.channels, _blocks_per_level(config), strict=True):
@@ -131,9 +148,10 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """(B, D, h, w) → (B, 3, H, W), the encoder's mirror. Nothing clamps the picture to [−1, 1]."""
+    """(B, D, h, w) → (B, outputs, H, W), the encoder's mirror; by default 3 outputs, a picture that
+    nothing clamps to [−1, 1]."""
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, config: CodesConfig, outputs: int = 3) -> None:
         channels, counts = config.channels[::-1], _blocks_per_level(config)[::-1]
         layers: list[nn.Module] = [nn.Conv2d(config.code_dim, channels[0], 3, padding=1)]
         for width, after, count in zip(channels, (*channels[1:], 0), counts, strict=True):
@@ -141,11 +159,12 @@ class Decoder(nn.Sequential):
             if after:
                 layers.append(nn.ConvTranspose2d(width, after, 4, stride=2, padding=1))
         layers += [nn.GroupNorm(GROUPS, channels[-1]), nn.SiLU()]
-        layers.append(nn.ConvTranspose2d(channels[-1], 3, 4, stride=2, padding=1))
+        layers.append(nn.ConvTranspose2d(channels[-1], outputs, 4, stride=2, padding=1))
         super().__init__(*layers)
 
 
-def _check_pictures(x: Tensor, config: VQVAEConfig) -> None:
+def check_pictures(x: Tensor, config: CodesConfig) -> None:
+    """Raise ValueError if these are not pictures of the config's resolution."""
     wanted = (3, config.resolution, config.resolution)
     if x.ndim != 4 or tuple(x.shape[1:]) != wanted or not x.is_floating_point():
         raise ValueError(
@@ -183,7 +202,7 @@ class Autoencoder(nn.Module):
         Raises:
             ValueError: for pictures of another resolution.
         """
-        _check_pictures(x, self.config)
+        check_pictures(x, self.config)
         return self.decoder(self.encoder(x))
 
 
@@ -225,7 +244,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: for pictures of another resolution.
         """
-        _check_pictures(x, self.config)
+        check_pictures(x, self.config)
         mean, log_variance = precise(self.encoder(x)).chunk(2, dim=1)  # (B, D, h, w) each
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
         z = mean + (log_variance / 2).exp() * noise
@@ -334,7 +353,7 @@ class VectorQuantizer(nn.Module):
     def observe(self, z: Float[Tensor, "b d h w"], codes: Int[Tensor, "b h w"]) -> None:
         """Count which codes a batch uses: N ← γ N + (1 − γ) n."""
         uses = torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts)
-        self.counts.lerp_(_summed_over_ranks(uses), 1 - self.decay)
+        self.counts.lerp_(summed_over_ranks(uses), 1 - self.decay)
 
     @torch.no_grad()
     def replace(self, which: Int[Tensor, " m"], rows: Float[Tensor, "m d"]) -> None:
@@ -357,7 +376,7 @@ class VectorQuantizer(nn.Module):
         Returns:
             How many codes were moved.
         """
-        z = self.project(z)
+        z = _of_all_ranks(self.project(z))
         dead = (self.counts < threshold).nonzero()[:, 0][: len(_flat(z))]
         self.replace(dead, _from_first_rank(self._badly_served(z, len(dead), generator)))
         return len(dead)
@@ -373,7 +392,7 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError: if there are fewer encodings than codes.
         """
-        z = self.project(z)
+        z = _of_all_ranks(self.project(z))
         flat, size = _flat(z), len(self.codebook)
         if len(flat) < size:
             raise ValueError(
@@ -388,6 +407,7 @@ class VectorQuantizer(nn.Module):
             centres = sums / counts.clamp(min=1)[:, None]
             centres[~used] = self._badly_served(z, int((~used).sum()), generator)
             self.replace(everyone, centres)
+        self.replace(everyone, _from_first_rank(self.codebook.detach().clone()))
 
     def _badly_served(
         self, z: Float[Tensor, "b d h w"], count: int, generator: torch.Generator
@@ -424,8 +444,8 @@ class EMAQuantizer(VectorQuantizer):
     def observe(self, z: Float[Tensor, "b d h w"], codes: Int[Tensor, "b h w"]) -> None:
         """Eqs. 6–8: N ← γ N + (1 − γ) n,  m ← γ m + (1 − γ) Σ z,  e ← m / N."""
         counts, sums = _count_and_sum(codes, z, len(self.counts))
-        self.counts.lerp_(_summed_over_ranks(counts), 1 - self.decay)
-        self.sums.lerp_(_summed_over_ranks(sums), 1 - self.decay)
+        self.counts.lerp_(summed_over_ranks(counts), 1 - self.decay)
+        self.sums.lerp_(summed_over_ranks(sums), 1 - self.decay)
         total, epsilon = self.counts.sum(), 1e-5
         # Laplace smoothing, as in DeepMind's own code: no division by 0 for an unused code.
         smooth = total * (self.counts + epsilon) / (total + len(self.counts) * epsilon)
@@ -502,18 +522,32 @@ def _count_and_sum(
     return torch.bincount(codes.flatten(), minlength=size).to(z), sums
 
 
-def _summed_over_ranks(x: Tensor) -> Tensor:
-    """In data-parallel training all processes must see the same statistics."""
-    if dist.is_available() and dist.is_initialized():
+def ranks() -> int:
+    """How many processes train together, each on its own part of a batch."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def summed_over_ranks(x: Tensor) -> Tensor:
+    """In data-parallel training all processes must see the same statistics. Changes x."""
+    if ranks() > 1:
         dist.all_reduce(x)
     return x
 
 
 def _from_first_rank(x: Tensor) -> Tensor:
-    """In data-parallel training all processes must revive a code at the same place."""
-    if dist.is_available() and dist.is_initialized():
+    """In data-parallel training all processes must put a code at the same place. Changes x."""
+    if ranks() > 1:
         dist.broadcast(x, src=0)
     return x
+
+
+def _of_all_ranks(z: Float[Tensor, "b d h w"]) -> Float[Tensor, "b_all d h w"]:
+    """The encodings of the joint batch, in the order of the processes."""
+    if ranks() == 1:
+        return z
+    parts = [torch.empty_like(z, memory_format=torch.contiguous_format) for _ in range(ranks())]
+    dist.all_gather(parts, z.contiguous())
+    return torch.cat(parts)
 
 
 # --- the whole ---------------------------------------------------------------------------------
@@ -544,7 +578,41 @@ def make_quantizer(config: VQVAEConfig) -> VectorQuantizer | FSQ:
     return kind(*size, cosine=config.cosine)
 
 
-class VQVAE(nn.Module):
+class PictureCodes(nn.Module):
+    """What every model offers that writes a picture as N = h · w codes: the way there and back."""
+
+    config: Any  # its sizes: `resolution`, `side` and `codes` at least
+
+    def tokens(self, x: Float[Tensor, "b 3 H W"]) -> Int[Tensor, "b n"]:
+        """The picture's codes, row by row.
+
+        Raises:
+            ValueError: for pictures of another resolution.
+        """
+        raise NotImplementedError
+
+    def decode_tokens(self, codes: Int[Tensor, "b n"]) -> Float[Tensor, "b 3 H W"]:
+        """Codes row by row → pictures, not clamped.
+
+        Raises:
+            ValueError: if their number is not h · w, or one is outside 0 … K − 1.
+        """
+        side, last = self.config.side, self.config.codes - 1
+        if codes.ndim != 2 or codes.shape[1] != side**2:
+            raise ValueError(
+                f"A picture has {side}² codes: (B, {side**2}), not {tuple(codes.shape)}."
+            )
+        if codes.numel() and not 0 <= codes.min() <= codes.max() <= last:
+            wrong = f"{codes.min().item()} … {codes.max().item()}"
+            raise ValueError(f"Codes are numbers from 0 to {last}; these are {wrong}.")
+        return self.decode_grid(codes.unflatten(1, (side, side)))
+
+    def decode_grid(self, codes: Int[Tensor, "b h w"]) -> Float[Tensor, "b 3 H W"]:
+        """A grid of valid codes → pictures, not clamped."""
+        raise NotImplementedError
+
+
+class VQVAE(PictureCodes):
     """Encoder, quantizer, decoder. All that training changes is in parameters and buffers."""
 
     def __init__(self, config: VQVAEConfig) -> None:
@@ -567,13 +635,14 @@ class VQVAE(nn.Module):
             quantized = self.quantizer(self.encode(x))
         else:
             z = self.quantizer.project(self.encode(x))
-            zero = z.new_zeros(())
-            quantized = Quantized(z, self.quantizer.nearest(z), zero, zero)
+            # Data-parallel training waits for a gradient of every parameter, even one of 0.
+            unused = 0 * self.quantizer.rows().sum()
+            quantized = Quantized(z, self.quantizer.nearest(z), unused, z.new_zeros(()))
         return VQVAEOutput(self.decoder(quantized.z_q), quantized)
 
     def encode(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
         """z, before it is quantized. Raises ValueError for pictures of another resolution."""
-        _check_pictures(x, self.config)
+        check_pictures(x, self.config)
         return self.encoder(x)
 
     def tokens(self, x: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b n"]:
@@ -584,21 +653,9 @@ class VQVAE(nn.Module):
         """
         return self.quantizer.nearest(self.quantizer.project(self.encode(x))).flatten(1)
 
-    def decode_tokens(self, codes: Int[Tensor, "b n"]) -> Float[Tensor, "b 3 h w"]:
-        """Codes row by row → pictures, not clamped.
-
-        Raises:
-            ValueError: if their number is not h · w, or one is outside 0 … K − 1.
-        """
-        side, last = self.config.side, self.config.codes - 1
-        if codes.ndim != 2 or codes.shape[1] != side**2:
-            raise ValueError(
-                f"A picture has {side}² codes: (B, {side**2}), not {tuple(codes.shape)}."
-            )
-        if codes.numel() and not 0 <= codes.min() <= codes.max() <= last:
-            wrong = f"{codes.min().item()} … {codes.max().item()}"
-            raise ValueError(f"Codes are numbers from 0 to {last}; these are {wrong}.")
-        return self.decoder(self.quantizer.look_up(codes.unflatten(1, (side, side))))
+    def decode_grid(self, codes: Int[Tensor, "b h w"]) -> Float[Tensor, "b 3 H W"]:
+        """A grid of valid codes → pictures, not clamped."""
+        return self.decoder(self.quantizer.look_up(codes))
 
     @torch.no_grad()
     def kmeans_start(self, x: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> None:

@@ -27,7 +27,7 @@ PACKAGE = ROOT / "t2ilearn"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MIB = 2**20
 # Bricks, and a file for each chapter.
-MODELS = {"layers", "tokens", "vqvae", "prior", "vqgan", "taming"}
+MODELS = {"layers", "tokens", "vqvae", "prior", "vqgan", "taming", "dalle"}
 # Colab's own versions in August 2026 (Python 3.12): installing must not replace any of them.
 COLAB = {
     "torch": "2.11",
@@ -206,8 +206,8 @@ def test_the_package_stays_compact():
     # The chapters' own furniture (exercises with their known slips, widgets) is counted apart.
     teaching = {p for p in lines if {"lessons", "widgets"} & set(p.parts) or p.stem == "studio"}
     # Some 300 of the rest are `foreign` and `taming`: other people's checkpoints and their layout.
-    assert sum(n for path, n in lines.items() if path not in teaching) < 5100
-    assert sum(lines[path] for path in teaching) < 2000
+    assert sum(n for path, n in lines.items() if path not in teaching) < 5500
+    assert sum(lines[path] for path in teaching) < 2250
 
 
 # ---------------------------------------------------------------- imports and files

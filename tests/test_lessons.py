@@ -22,7 +22,7 @@ from t2ilearn.lessons.quizzes import Question
 from t2ilearn.prior import PriorConfig, TransformerPrior, prior_loss
 from t2ilearn.vqvae import VQVAE, VectorQuantizer, VQVAEConfig, VQVAELoss, vqvae_loss
 
-CHAPTERS = (1, 2, 3, 4)
+CHAPTERS = (1, 2, 3, 4, 5)
 ALL = [task for chapter in CHAPTERS for task in exercises(chapter)]
 SLIPS = [pytest.param(task, name, id=f"{task.id}-{name}") for task in ALL for name in task.slips]
 SMALL = VQVAEConfig(

@@ -553,6 +553,8 @@ def test_a_start_tells_how_many_pictures_there_are(kind, use_cache, codes, gener
 def test_a_count_tells_how_many_pictures_there_are(kind, generator):
     model = small(kind, captions=False)
     assert sample(model, count=5, generator=generator).shape == (5, N)
+    with pytest.raises(ValueError, match="At least one picture"):
+        sample(model, count=0, generator=generator)
     assert sample(model, generator=generator).shape == (1, N)
 
 

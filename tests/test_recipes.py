@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from t2ilearn import evaluation, recipes, weights
+from t2ilearn.dalle import DALLE, DVAE, kl_weight_at, temperature_at
 from t2ilearn.data import Emoji, Shapes, TinyShapes, parse
 from t2ilearn.data.bpe import SHARED_LENGTH
-from t2ilearn.drawing import draw, load_players, load_prior, load_system, load_vqvae
+from t2ilearn.drawing import complete, draw, load_players, load_prior, load_system, load_vqvae
 from t2ilearn.prior import PixelCNN, TransformerPrior
 from t2ilearn.reader import Reader, ReaderConfig, Reading, facts_of
 from t2ilearn.recipes import RECIPES, degrade, encode_world, train_system
@@ -41,12 +42,16 @@ def quick(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("system", ["vqvae", "prior", "pixelcnn", "vqgan", "vqgan-prior"])
+@pytest.mark.parametrize(
+    "system", ["vqvae", "prior", "pixelcnn", "vqgan", "vqgan-prior", "dvae", "dalle", "dalle-dvae"]
+)
 def test_each_system_has_both_presets_within_their_budgets(system):
     builders = {"vqvae": VQVAE, "vqgan": VQGAN, "pixelcnn": PixelCNN}
     builders = {"prior": TransformerPrior, "vqgan-prior": TransformerPrior, **builders}
-    # 0.2 M of a prior's embed words; a VQGAN's critic does not draw, and is counted apart.
-    most = {"vqvae": 1.6e6, "vqgan": 1.6e6, "prior": 2.7e6, "vqgan-prior": 2.7e6, "pixelcnn": 2.7e6}
+    builders |= {"dvae": DVAE, "dalle": DALLE, "dalle-dvae": DALLE}
+    # 0.2 M of a prior's embed words; a VQGAN's critic does not draw, and is counted apart. A dVAE's
+    # encoder says a number for each of the codes.
+    most = dict.fromkeys(builders, 2.7e6) | {"vqvae": 1.6e6, "vqgan": 1.6e6, "dvae": 1.8e6}
     sizes = {
         preset: sum(p.numel() for p in builders[system](RECIPES[system, preset].model).parameters())
         for preset in ("tiny", "book")
@@ -139,6 +144,69 @@ def test_a_vqgan_goes_on_bit_for_bit(tmp_path, quick, monkeypatch):
     before, after = weights.load(whole).state, weights.load(again).state
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_dvae_learns_by_its_schedules_and_comes_back(tmp_path, quick, monkeypatch):
+    """Temperature and KL weight are asked for by the share of the training that is behind."""
+    heats, weights_of_kl = [], []
+    monkeypatch.setattr(
+        recipes, "temperature_at", lambda share: heats.append(share) or temperature_at(share)
+    )
+    monkeypatch.setattr(
+        recipes,
+        "kl_weight_at",
+        lambda share, top: weights_of_kl.append((share, top)) or kl_weight_at(share, top),
+    )
+    path = train_system("dvae", "tiny", tmp_path, steps=8, **QUIET)
+    card = weights.load(path).card
+    top = RECIPES["dvae", "tiny"].kl_weight
+    assert heats == [i / 8 for i in range(8)] and weights_of_kl == [(i / 8, top) for i in range(8)]
+    assert card["system"] == "dvae" and card["steps"] == 8 and card["bars"] == {}
+    assert card["metrics"]["judge on real pictures"]["value"] > 0.9
+    (measured, _), loaded = quick[0], load_vqvae(path)
+    assert isinstance(loaded, DVAE) and not loaded.training
+    for mine, theirs in zip(measured.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert sum(p.numel() for p in loaded.parameters()) == card["parameters"]
+    flight = json.loads((path.parent / "flight.json").read_text(encoding="utf-8"))
+    assert {"reconstruction", "divergence", "total"} <= set(flight["curves"])
+    first = [flight["curves"][term][0] for term in ("reconstruction", "divergence", "total")]
+    assert first[0] == first[2] and first[1] > 0  # β is 0 at first
+
+
+@pytest.mark.parametrize("system", ["dalle", "dalle-dvae"])
+def test_a_dalle_learns_codes_of_either_kind_and_draws(tmp_path, quick, monkeypatch, system):
+    first_stage = {"dalle": "vqgan", "dalle-dvae": "dvae"}[system]
+    seen, real = [], recipes.dalle_loss
+    monkeypatch.setattr(recipes, "dalle_loss", lambda *args: seen.append(args) or real(*args))
+    first = train_system(first_stage, "tiny", tmp_path, steps=4, **QUIET)
+    path = train_system(system, "tiny", tmp_path, steps=3, **QUIET)
+    card = weights.load(path).card
+    assert path.parent.name == f"{system}-tiny" and card["system"] == system
+    assert card["metrics"]["vqvae"] == weights.load(first).card["sha256"]
+    for count in (1, 2, 4, 8):
+        chosen = card["metrics"][f"test-full, best of {count} by the reader"]
+        assert 0 <= chosen["value"] <= 1 and chosen["low"] <= chosen["value"] <= chosen["high"]
+    shares = [v for k, v in card["metrics"].items() if k.startswith("test-full, as")]
+    assert len(shares) == 2
+    flight = json.loads((path.parent / "flight.json").read_text(encoding="utf-8"))
+    words, picture, total = (flight["curves"][t][0] for t in ("words", "picture", "total"))
+    assert total == pytest.approx(words / 8 + 7 * picture / 8, rel=1e-6)
+    _, captions, codes = seen[0]
+    assert captions.shape == (32, 24) and codes.shape == (32, 64)
+    assert isinstance(load_prior(path), DALLE)
+    loaded = load_system(str(path.parent))
+    kind = {"dalle": VQGAN, "dalle-dvae": DVAE}[system]
+    assert isinstance(loaded.vqvae, kind)
+    drawn = draw("a star", system=str(path.parent), count=2, best_of=2, top_k=9)
+    assert drawn.pictures.shape == (2, 3, 32, 32)
+    done = complete(drawn.pictures[0], system=str(path.parent), count=2, rows=5)
+    assert done.pictures.shape == (2, 3, 32, 32)
+
+
+def test_priors_of_other_chapters_are_not_asked_to_choose(tmp_path, quick):
+    path = train_system("prior", "tiny", tmp_path, steps=1, **QUIET)
+    assert not any("best of" in name for name in weights.load(path).card["metrics"])
 
 
 @pytest.mark.parametrize("system", ["prior", "pixelcnn"])
@@ -296,6 +364,45 @@ def test_binding_counts_who_got_what(monkeypatch):
     both = "a small solid red star above a large dotted blue ring"
     reading = Reading(torch.tensor([captions_facts(both)]), torch.ones(1, dtype=torch.bool))
     assert evaluation.binding(reader, torch.zeros(1, 3, 8, 8), [both]).tolist() == [True, True]
+
+
+def test_the_best_of_many_is_whom_the_reader_likes_and_right_is_what_the_judge_says(monkeypatch):
+    """Two captions, eight drawings each; the reader likes each drawing better than the last."""
+    right = torch.zeros(16, dtype=torch.bool)
+    right[7] = right[8] = True  # the last of the first caption, the first of the second
+    seen = {}
+
+    def drawn(vqvae, prior, ids, how):
+        seen["ids"], seen["how"] = ids, how
+        return torch.zeros(len(ids), 3, 32, 32), 1.0
+
+    def mark(reader, pictures, captions):
+        seen["reader"] = reader
+        return torch.arange(16.0)
+
+    def judged(judge, pictures, captions):
+        seen["judge"], seen["captions"] = judge, captions
+        return right
+
+    monkeypatch.setattr(evaluation, "draw_each", drawn)
+    monkeypatch.setattr(evaluation, "score", mark)
+    monkeypatch.setattr(evaluation, "aligned", judged)
+    tokenizer = recipes.WordTokenizer()
+    model = DALLE(RECIPES["dalle", "tiny"].model)
+    found = evaluation.evaluate_choice(
+        DVAE(RECIPES["dvae", "tiny"].model), model, TinyShapes(), tokenizer, n=16
+    )
+    values = [found[f"test-full, best of {n} by the reader"]["value"] for n in (1, 2, 4, 8)]
+    assert values == [0.125, 0.125, 0.25, 0.5]
+    # Of captions, not of drawings: two captions say little, and the interval says so.
+    last = found["test-full, best of 8 by the reader"]
+    assert last["low"] < 0.1 and last["high"] > 0.9
+    captions = seen["captions"]
+    assert captions[0] == captions[7] != captions[8] == captions[15] and len(captions) == 16
+    assert torch.equal(seen["ids"], tokenizer.encode(captions))
+    assert seen["how"] == evaluation.MANNERS["as drawn"]
+    assert seen["reader"] is evaluation.load_reader("reader")
+    assert seen["judge"] is evaluation.load_reader("judge")
 
 
 def captions_facts(caption):

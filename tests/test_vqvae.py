@@ -83,7 +83,7 @@ def same_state(module, before) -> bool:
         ({"codes": 1}, "two codes"),
         ({"code_dim": 0}, "one number"),
         ({"blocks": 0}, "one block"),
-        ({"beta": -0.1}, "β ≥ 0"),
+        ({"beta": -0.1}, "β must be 0 or more"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(wrong, said):
@@ -424,7 +424,7 @@ def test_all_processes_see_the_statistics_of_all(monkeypatch, generator):
         among_two.load_state_dict(alone.state_dict())
         alone(torch.cat([z, z]))
         with monkeypatch.context() as patch:  # two processes that happen to see the same batch
-            patch.setattr(vqvae.dist, "is_initialized", lambda: True)
+            patch.setattr(vqvae, "ranks", lambda: 2)
             patch.setattr(vqvae.dist, "all_reduce", lambda x: x.mul_(2))
             among_two(z)
         for name, value in alone.state_dict().items():
@@ -542,7 +542,8 @@ def test_revival_repeats_with_its_seed(x):
 def test_all_processes_revive_at_the_first_one_s_place(monkeypatch, generator):
     quantizer = codebook_of(EMAQuantizer, torch.full((3, 2), 9.0))
     quantizer.counts.zero_()
-    monkeypatch.setattr(vqvae.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(vqvae, "ranks", lambda: 2)
+    monkeypatch.setattr(vqvae.dist, "all_gather", lambda parts, x: [p.copy_(x) for p in parts])
     monkeypatch.setattr(vqvae.dist, "broadcast", lambda x, src: x.copy_(torch.full_like(x, 7.0)))
     quantizer.revive(torch.randn(1, 2, 3, 3, generator=generator), generator)
     assert (quantizer.codebook == 7).all() and (quantizer.sums == 7).all()

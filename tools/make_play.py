@@ -26,6 +26,8 @@ PAGE = Path(__file__).resolve().parent.parent / "book" / "_static" / "play.html"
 SYSTEMS = {
     "vqvae": "VQ-VAE and Transformer (book)",
     "vqgan": "VQGAN and Transformer (book)",
+    "dalle": "DALL·E, on the VQGAN's codes (book)",
+    "dalle-dvae": "DALL·E, on the dVAE's codes (book)",
     "vqvae-tiny": "VQ-VAE and Transformer (tiny)",
 }
 SEEDS = 4

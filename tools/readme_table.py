@@ -78,7 +78,10 @@ SHOWN = {
     ),
 }
 SHOWN["pixelcnn"] = SHOWN["vqgan-prior"] = SHOWN["prior"]
-SHOWN["vqgan"] = SHOWN["vqvae"]
+SHOWN["vqgan"] = SHOWN["dvae"] = SHOWN["vqvae"]
+SHOWN["dalle"] = SHOWN["dalle-dvae"] = SHOWN["prior"] + tuple(
+    f"test-full, best of {count} by the reader" for count in (1, 2, 4, 8)
+)
 
 
 def table(found: dict[str, dict]) -> list[str]:

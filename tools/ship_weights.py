@@ -2,8 +2,9 @@
 
     python tools/ship_weights.py runs judge vqvae-book prior-book
 
-Weights are read back strictly first, and a card without metrics (a stopped run) is refused. Of an
-ablation the flight record and the card ship, and no weights: chapter 4 looks at what they drew.
+Weights are read back strictly first, and a card without metrics (a stopped run) is refused. Of some
+runs the flight record and the card ship, and no weights: of ablations, at which chapter 4 looks,
+and of chapter 5's small models, which its lab trains anew.
 """
 
 import hashlib
@@ -16,6 +17,8 @@ from t2ilearn.data.bpe import SHARED
 from t2ilearn.drawing import load_tokenizer
 from t2ilearn.flight import read_record
 from t2ilearn.recipes import ABLATIONS
+
+RECORDS_ONLY = {*(f"{name}-tiny" for name in ABLATIONS), "dvae-tiny", "dalle-tiny"}
 
 
 def ship(runs: Path, name: str) -> None:
@@ -36,7 +39,7 @@ def ship(runs: Path, name: str) -> None:
     record = weights.ASSETS / "flights" / name
     shutil.rmtree(record, ignore_errors=True)
     record.mkdir(parents=True)
-    if card["system"] in ABLATIONS:
+    if name in RECORDS_ONLY:
         shutil.copyfile(source.with_suffix(".json"), record / "card.json")
     else:
         for path in (source, source.with_suffix(".json")):

@@ -74,6 +74,26 @@ REASONS["Step"] = {
     ("critic", "critic"): (True, "by this term alone it learns to tell real from drawn"),
 }
 REASONS["VQGANLoss"] = REASONS["Step"]  # the model's share of it
+REASONS["DVAELoss"] = {
+    ("reconstruction", "encoder"): (True, "the soft draw y depends on the logits, and x on y"),
+    ("reconstruction", "codebook"): (True, "the decoder hears a mixture of the codes themselves"),
+    ("reconstruction", "decoder"): (True, "μ and ln b are what the decoder says"),
+    ("divergence", "encoder"): (True, "it pulls the logits together"),
+    ("divergence", "codebook"): (False, "it asks how likely codes are, not what they look like"),
+    ("divergence", "decoder"): (False, "no pixel is in it"),
+}
+_READS = "what is read takes part in every guess after it"
+REASONS["DALLELoss"] = {
+    ("words", "word_embedding"): (True, "words are read and said through this one table"),
+    ("words", "code_embedding"): (False, "the codes come after all words, and nobody looks ahead"),
+    ("words", "places"): (False, "no code has its place yet while words are said"),
+    ("words", "padding"): (False, "what follows a caption's end is not counted in this term"),
+    ("picture", "word_embedding"): (True, _READS),
+    ("picture", "code_embedding"): (True, "codes are read and said through this one table"),
+    ("picture", "places"): (True, _READS),
+    ("picture", "padding"): (True, "no mask keeps codes from what stands in for a word"),
+    **{(t, "blocks"): (True, "every guess comes through them") for t in ("words", "picture")},
+}
 READINGS = {"total", "weight", "real_logit", "fake_logit"}  # sums and readings; no terms
 
 
@@ -231,8 +251,11 @@ def parts_of(model: nn.Module) -> dict[str, list[Tensor]]:
         for name, child in children.items()
         if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None
     }
-    if any(True for _ in model.parameters(recurse=False)):
-        parts["own"] = [*model.parameters(recurse=False)]
+    own = dict(model.named_parameters(recurse=False))
+    if "codebook" in own:  # a dVAE's is a part like any other
+        parts["codebook"] = [own.pop("codebook")]
+    if own:
+        parts["own"] = [*own.values()]
     names = [*(n for n in ORDER if n in parts), *(n for n in parts if n not in ORDER)]
     return {name: parts[name] for name in names}
 

@@ -10,6 +10,8 @@
 | what two players want of a logit | `HingeLab` |
 | λ over a recorded run, and computed | `AdaptiveWeight` |
 | what a critic thinks, patch by patch | `critic.patch_maps`, which makes `Frames` |
+| a draw that gradients can pass, and its price | `GumbelLab` |
+| a picture written code by code, and where each query looks | `TokenSampler` |
 | pictures made beforehand, by one or two sliders | `Frames` |
 | five questions, each wrong choice answered | `Quiz` |
 
@@ -23,6 +25,7 @@ from t2ilearn.widgets.critic import AdaptiveWeight, HingeLab
 from t2ilearn.widgets.labs import AttentionLab, CodebookLab, LogitViewer, StraightThrough
 from t2ilearn.widgets.pictures import DistanceRanking, Frames
 from t2ilearn.widgets.quiz import Quiz
+from t2ilearn.widgets.stream import GumbelLab, TokenSampler
 
 __all__ = [
     "AdaptiveWeight",
@@ -30,9 +33,11 @@ __all__ = [
     "CodebookLab",
     "DistanceRanking",
     "Frames",
+    "GumbelLab",
     "HingeLab",
     "LogitViewer",
     "Question",
     "Quiz",
     "StraightThrough",
+    "TokenSampler",
 ]

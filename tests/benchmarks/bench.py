@@ -167,9 +167,9 @@ def draw() -> Iterator[Row]:
     import t2ilearn
 
     count = {"count": 4, "seed": 0}
-    for system in ("vqvae", "vqgan"):
+    for system, bar in (("vqvae", 3), ("vqgan", 3), ("dalle", 2)):
         seconds = median_seconds(lambda name=system: t2ilearn.draw(CAPTION, system=name, **count))
-        yield Row(f"draw --with {system}, four pictures", seconds, 3, "s")
+        yield Row(f"draw --with {system}, four pictures", seconds, bar, "s")
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "drawing.png")
         _, memory = run_measured(*COMMAND, "draw", CAPTION, "--count", "4", "--out", out)

@@ -1,0 +1,297 @@
+"""DALL·E's draws, likelihoods and Transformer are the peers', in values and in gradients."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_conformance import (
+    agree,
+    pairs_of_parameters,
+    randomised,
+    table,  # noqa: F401 - `table` prints by itself
+)
+from torch import distributions
+
+from t2ilearn import prior
+from t2ilearn.dalle import (
+    DALLE,
+    DVAE,
+    DVAEConfig,
+    DVAEOutput,
+    dalle_loss,
+    dvae_loss,
+    gumbel_noise,
+    logit_laplace,
+    relaxed_draw,
+    squeeze,
+)
+from t2ilearn.prior import PriorConfig, sample, sample_steps
+from t2ilearn.tokens import END, PAD, null_caption
+
+CODES, SIDE, WIDTH, DEPTH, WORDS, VOCABULARY = 9, 3, 12, 2, 5, 11
+N = SIDE**2
+TOTAL = 1 + WORDS + 1 + N  # start, words, start of the picture, codes
+
+
+def doubles(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- stage one
+
+
+@pytest.mark.parametrize("temperature", [0.0625, 0.5, 1.0, 3.0])
+def test_the_relaxed_draw_is_torch_s_gumbel_softmax(temperature, generator):
+    logits, weight = doubles(generator, 2, 2, 7, 3, 3).unbind()
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    torch.manual_seed(3)
+    g = -torch.empty(2, 7, 3, 3, dtype=torch.float64).exponential_().log()  # as they draw it
+    torch.manual_seed(3)
+    peer = F.gumbel_softmax(theirs, temperature, dim=1)
+    mine = relaxed_draw(ours, g, temperature)
+    agree("relaxed draw, gumbel_softmax", mine, peer)
+    (weight * mine).sum().backward()
+    (weight * peer).sum().backward()
+    assert ours.grad.any()
+    agree("relaxed draw, gradient", ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_the_relaxed_draw_is_the_concrete_distribution_s(monkeypatch, temperature, generator):
+    """RelaxedOneHotCategorical, fed the same u: noise and draw together."""
+    logits = doubles(generator, 2, 3, 7)
+    u = torch.rand(2, 3, 7, generator=generator, dtype=torch.float64)
+    gumbel = distributions.relaxed_categorical
+    monkeypatch.setattr(gumbel, "clamp_probs", lambda _: u)
+    peer = distributions.RelaxedOneHotCategorical(
+        torch.tensor(temperature, dtype=torch.float64), logits=logits
+    ).rsample()
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: u)
+    g = gumbel_noise((2, 3, 7), generator, torch.float64)
+    mine = relaxed_draw(logits.movedim(-1, 1), g.movedim(-1, 1), temperature).movedim(1, -1)
+    agree("relaxed draw, RelaxedOneHotCategorical", mine, peer)
+
+
+def test_the_likelihood_is_a_laplace_through_the_sigmoid(generator):
+    mean, log_scale, where, weight = doubles(generator, 4, 3, 4, 4).unbind()
+    x = squeeze(where.tanh())
+    inputs = [[t.clone().requires_grad_() for t in (x, mean, log_scale)] for _ in range(2)]
+    mine = logit_laplace(*inputs[0])
+    theirs, mu, ln_b = inputs[1]
+    laplace = distributions.Laplace(mu, ln_b.exp())
+    peer = -distributions.TransformedDistribution(
+        laplace, [distributions.SigmoidTransform()]
+    ).log_prob(theirs)
+    agree("logit-Laplace, −ln p", mine, peer)
+    (weight * mine).sum().backward()
+    (weight * peer).sum().backward()
+    for a, b in zip(*inputs, strict=True):
+        assert a.grad.any()
+        agree("logit-Laplace, gradients", a.grad, b.grad, 1e-10)
+
+
+def test_the_divergence_is_torch_s_kl_to_uniform(generator):
+    ours = doubles(generator, 2, 6, 4, 4).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    x = torch.zeros(2, 3, 16, 16, dtype=torch.float64)
+    mine = dvae_loss(x, DVAEOutput(ours, x, x)).divergence
+    q = distributions.Categorical(logits=theirs.movedim(1, -1))
+    uniform = distributions.Categorical(logits=torch.zeros_like(theirs.movedim(1, -1)))
+    # For each picture the sum over its codes, over the numbers that a picture has: the paper's
+    # loss is divided by 256 · 256 · 3, where `F.kl_div(…, reduction="batchmean")` divides by B.
+    peer = distributions.kl_divergence(q, uniform).sum((1, 2)).mean() / (3 * 16 * 16)
+    agree("dVAE, KL to uniform", mine, peer)
+    mine.backward()
+    peer.backward()
+    assert ours.grad.any()
+    agree("dVAE, KL's gradient", ours.grad, theirs.grad)
+
+
+def test_the_whole_bound_is_torch_s_distributions_with_every_gradient(generator):
+    sizes = {"resolution": 16, "channels": (16, 32), "blocks": 1, "codes": 6, "code_dim": 5}
+    ours = randomised(DVAE(DVAEConfig(**sizes)))
+    theirs = copy.deepcopy(ours)
+    x = (2 * torch.rand(2, 3, 16, 16, generator=generator) - 1).double()
+    g = gumbel_noise((2, 6, 4, 4), generator, torch.float64)
+    loss = dvae_loss(x, ours(x, 0.5, g), 2.0)
+    logits = theirs.encoder(x).movedim(1, -1)  # (B, h, w, K)
+    z = ((logits + g.movedim(1, -1)) / 0.5).softmax(-1) @ theirs.codebook
+    mean, log_scale = theirs.decoder(z.movedim(-1, 1)).chunk(2, 1)
+    laplace = distributions.Laplace(mean, log_scale.clamp(min=math.log(1 / 64)).exp())
+    density = distributions.TransformedDistribution(laplace, [distributions.SigmoidTransform()])
+    nats = -density.log_prob(0.1 + 0.8 * (x + 1) / 2).sum()
+    q = distributions.Categorical(logits=logits)
+    even = distributions.Categorical(logits=torch.zeros_like(logits))
+    nats = nats + 2 * distributions.kl_divergence(q, even).sum()
+    peer = nats / (2 * 3 * 16 * 16)
+    agree("dVAE, the bound", loss.total, peer, 1e-11)
+    loss.total.backward()
+    peer.backward()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert a.grad is not None, name
+        scale = b.grad.abs().max().clamp(min=1)
+        agree("dVAE, gradients", a.grad / scale, b.grad / scale, 1e-10)
+
+
+# ---------------------------------------------------------------- stage two
+
+
+@pytest.fixture(scope="module")
+def gpt2_pair():
+    """Ours, and GPT-2 over one vocabulary of words ⊕ codes, with our weights in it.
+
+    What GPT-2 has not, two starts and a vector where a word is missing, it gets as embeddings.
+    """
+    peer = pytest.importorskip("transformers")
+    ours = randomised(DALLE(PriorConfig(CODES, SIDE, WIDTH, DEPTH, 3, VOCABULARY, WORDS)))
+    with torch.no_grad():  # so strong that greedy drawing is no monotone
+        for name, parameter in ours.named_parameters():
+            parameter.mul_(1.5).add_("norm" in name and name.endswith("weight"))
+        ours.norm.bias.mul_(0.1)
+    config = peer.GPT2Config(
+        vocab_size=VOCABULARY + CODES,
+        n_positions=TOTAL,
+        n_embd=WIDTH,
+        n_layer=DEPTH,
+        n_head=3,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    theirs = peer.GPT2LMHeadModel(config).double().eval()
+    rows = theirs.transformer.wte.weight
+    assert theirs.lm_head.weight is rows
+    with torch.no_grad():
+        places = (ours.row + ours.column).flatten(0, 1)
+        nowhere = torch.zeros(1, WIDTH, dtype=torch.float64)
+        theirs.transformer.wpe.weight.copy_(
+            torch.cat([nowhere, ours.word_position, nowhere, places])
+        )
+        for name, a, b, transposed in pairs_of_parameters(ours, theirs):
+            if name != "codes":
+                b.copy_(a.T if transposed else a)
+        rows[:VOCABULARY] = ours.word_embedding.weight
+        rows[VOCABULARY:] = ours.code_embedding.weight
+    return ours, theirs
+
+
+@pytest.fixture
+def codes(generator):
+    return torch.randint(CODES, (3, N), generator=generator)
+
+
+@pytest.fixture
+def caption():
+    return torch.tensor([[3, 4, 5, 6, END], [7, 8, 9, END, PAD], [10, 3, END, PAD, PAD]])
+
+
+def extras(ours):
+    """Two starts, and what stands in for words: leaves of GPT-2's graph with our numbers."""
+    parts = (ours.starts, ours.padding)
+    return [part.detach().clone().requires_grad_() for part in parts]
+
+
+def embedded(theirs, starts, padding, codes, caption):
+    """The stream as GPT-2 reads it, without its positions: (B, 2 + T + codes, D)."""
+    look_up = theirs.transformer.wte
+    first, second = starts.expand(-1, len(codes), -1, -1)
+    words = torch.where((caption != PAD)[..., None], look_up(caption), padding)
+    return torch.cat([first, words, second, look_up(codes + VOCABULARY)], dim=1)
+
+
+def logits_of(theirs, stream):
+    """GPT-2's logits over words ⊕ codes, of each kind what can come there."""
+    logits = theirs(inputs_embeds=stream).logits
+    return logits[:, :WORDS, :VOCABULARY], logits[:, WORDS + 1 :, VOCABULARY:]
+
+
+def test_the_transformer_is_gpt_2_over_words_and_codes(gpt2_pair, codes, caption):
+    ours, theirs = copy.deepcopy(gpt2_pair)
+    stream = embedded(theirs, *extras(ours), codes[:, :-1], caption)
+    words, picture = logits_of(theirs, stream)
+    mine = ours(codes, caption)
+    agree("DALLE, logits of words", mine.words, words)
+    agree("DALLE, logits of codes", mine.picture, picture)
+    assert words.abs().max() > 0.1 and picture.abs().max() > 0.1
+    words, picture = logits_of(theirs.float(), stream.float())
+    mine = ours.float()(codes, caption)
+    agree("DALLE, logits in float32", mine.words, words, 1e-5)
+    agree("DALLE, logits in float32", mine.picture, picture, 1e-5)
+
+
+def test_the_loss_in_two_parts_and_its_gradients_are_gpt_2_s(gpt2_pair, codes, caption):
+    ours, theirs = copy.deepcopy(gpt2_pair)
+    mine = dalle_loss(ours(codes, caption), caption, codes)
+    starts, padding = extras(ours)
+    words, picture = logits_of(theirs, embedded(theirs, starts, padding, codes[:, :-1], caption))
+    labels = caption.masked_fill(caption == PAD, -100)
+    of_words = F.cross_entropy(words.flatten(0, 1), labels.flatten())
+    of_codes = F.cross_entropy(picture.flatten(0, 1), codes.flatten())
+    loss = of_words / 8 + 7 * of_codes / 8
+    agree("DALLE, cross-entropy of words", mine.words, of_words)
+    agree("DALLE, cross-entropy of codes", mine.picture, of_codes)
+    agree("DALLE, loss", mine.total, loss)
+    mine.total.backward()
+    loss.backward()
+    row = "DALLE, gradients"
+    for name, a, b, transposed in pairs_of_parameters(ours, theirs):
+        if name != "codes":
+            assert a.grad.any(), name
+            agree(row, a.grad, b.grad.T if transposed else b.grad)
+    both = torch.cat([ours.word_embedding.weight.grad, ours.code_embedding.weight.grad])
+    agree(row, both, theirs.transformer.wte.weight.grad)
+    agree(row, ours.starts.grad, starts.grad)
+    agree(row, ours.padding.grad, padding.grad)
+    places = theirs.transformer.wpe.weight.grad
+    agree(row, ours.word_position.grad, places[1 : 1 + WORDS])
+    of_codes = places[2 + WORDS :].unflatten(0, (SIDE, SIDE))
+    agree(row, ours.row.grad, of_codes.sum(1, keepdim=True))
+    agree(row, ours.column.grad, of_codes.sum(0))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_drawing_is_gpt_2_s_with_its_own_cache(gpt2_pair, use_cache, caption, generator):
+    ours, theirs = gpt2_pair
+    starts, padding = extras(ours)
+    codes, past = torch.zeros(3, 0, dtype=torch.int64), None
+    with torch.no_grad():
+        stream = embedded(theirs, starts, padding, codes, caption)
+        for _ in range(N):
+            output = theirs(inputs_embeds=stream, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            new = output.logits[:, -1, VOCABULARY:].argmax(1, keepdim=True)
+            codes, stream = torch.cat([codes, new], 1), theirs.transformer.wte(new + VOCABULARY)
+    how = {"temperature": 0.0, "use_cache": use_cache}
+    assert torch.equal(sample(ours, caption, generator=generator, **how), codes)
+    assert codes.unique().numel() > 2
+
+
+def test_cached_drawing_meets_gpt_2_s_logits_at_every_step(gpt2_pair, codes, caption):
+    ours, theirs = gpt2_pair
+    _, picture = logits_of(theirs, embedded(theirs, *extras(ours), codes[:, :-1], caption))
+    caches = ours.new_caches(3)
+    with torch.no_grad():
+        for i in range(N):
+            step = ours.next_logits(codes[:, :i], caption, caches)
+            agree("DALLE, cached logits", step, picture[:, i])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_guidance_is_min_dalle_s(monkeypatch, gpt2_pair, use_cache, scale, codes, caption):
+    """uncond · (1 − s) + cond · s, of GPT-2's logits under both captions."""
+    ours, theirs = gpt2_pair
+    seen = []
+    monkeypatch.setattr(prior, "choose", lambda x, *_: seen.append(x) or codes[:, len(seen) - 1])
+    list(sample_steps(ours, caption, guidance_scale=scale, use_cache=use_cache))
+    starts, padding = extras(ours)
+    cond, uncond = (
+        logits_of(theirs, embedded(theirs, starts, padding, codes[:, :-1], words))[1]
+        for words in (caption, null_caption(3, WORDS))
+    )
+    assert (cond - uncond).abs().max() > 0.01
+    agree("DALLE, guidance", torch.stack(seen, 1), uncond * (1 - scale) + cond * scale, 1e-11)

@@ -1,0 +1,91 @@
+"""The ledgers of chapter 5: a dVAE's two terms, and words and picture in one stream."""
+
+import pytest
+import torch
+
+from t2ilearn.dalle import DALLE, DVAE, DVAEConfig, dalle_loss, dvae_loss, gumbel_noise
+from t2ilearn.data import TinyShapes
+from t2ilearn.lessons import ledger
+from t2ilearn.prior import PriorConfig
+from t2ilearn.tokens import END, NULL, PAD
+
+DVAE_TRUTH = {"reconstruction": "encoder codebook decoder", "divergence": "encoder"}
+STREAM_TRUTH = {
+    "words": "word_embedding blocks",
+    "picture": "word_embedding padding code_embedding places blocks",
+}
+PARTS = ("word_embedding", "padding", "code_embedding", "places", "blocks")
+
+
+@pytest.fixture(scope="module")
+def dvae_book():
+    torch.manual_seed(0)
+    model = DVAE(DVAEConfig(resolution=32, channels=(16, 32), blocks=1, codes=64, code_dim=8))
+    generator = torch.Generator().manual_seed(0)
+    x = TinyShapes().sample(4, generator=generator).pictures
+    return ledger(model, dvae_loss(x, model(x, 0.5, gumbel_noise((4, 64, 8, 8), generator))))
+
+
+def stream_book(caption):
+    torch.manual_seed(0)
+    model = DALLE(PriorConfig(16, 2, 8, 2, 2, vocabulary=12, text_length=5))
+    codes = torch.randint(16, (len(caption), 4))
+    parts = {
+        "word_embedding": model.word_embedding,
+        "padding": [model.padding],
+        "code_embedding": model.code_embedding,
+        "places": [model.row, model.column],
+        "blocks": model.blocks,
+    }
+    loss = dalle_loss(model(codes, caption), caption, codes)
+    return ledger(model, loss, parts), ledger(model, loss)
+
+
+@pytest.fixture(scope="module")
+def stream():
+    return stream_book(torch.tensor([[5, 7, 9, END, PAD], [6, END, PAD, PAD, PAD]]))
+
+
+def test_the_ledger_of_a_dvae(dvae_book):
+    assert dvae_book.terms == ("reconstruction", "divergence")
+    assert dvae_book.parts == ("encoder", "codebook", "decoder")
+    assert {t: dvae_book.moved(t) for t in DVAE_TRUTH} == {
+        "reconstruction": {"encoder", "codebook", "decoder"},  # no straight-through here
+        "divergence": {"encoder"},
+    }
+    assert dvae_book.matches(DVAE_TRUTH).right
+
+
+def test_the_ledger_of_a_stream(stream):
+    book, whole = stream
+    assert book.terms == ("words", "picture") and book.parts == PARTS
+    assert book.matches(STREAM_TRUTH).right
+    assert book["words", "padding"].norm == 0 != book["picture", "padding"].norm
+    assert whole.parts == ("word_embedding", "code_embedding", "blocks", "norm", "own")
+    assert whole.moved("words") == {"word_embedding", "blocks", "norm", "own"}
+
+
+def test_a_caption_that_says_nothing_moves_nothing_by_its_words():
+    book, _ = stream_book(torch.tensor([[NULL, END, PAD, PAD, PAD]]))
+    assert book.moved("words") == set()
+    assert book.moved("picture") == set(PARTS)
+
+
+@pytest.mark.parametrize("term", DVAE_TRUTH)
+@pytest.mark.parametrize("part", ["encoder", "codebook", "decoder"])
+def test_every_wrong_cell_of_a_dvae_is_told_why(term, part, dvae_book):
+    check(dvae_book, DVAE_TRUTH, term, part)
+
+
+@pytest.mark.parametrize("term", STREAM_TRUTH)
+@pytest.mark.parametrize("part", PARTS)
+def test_every_wrong_cell_of_a_stream_is_told_why(term, part, stream):
+    check(stream[0], STREAM_TRUTH, term, part)
+
+
+def check(book, truth, term, part):
+    said = set(truth[term].split()) ^ {part}
+    (sentence,) = book.matches(truth | {term: said}).wrong
+    assert sentence.startswith(f"The {term} term ") and sentence.count(": ") == 1
+    for plain in ("a gradient arrives", "no path", "its gradient is 0"):
+        assert plain not in sentence

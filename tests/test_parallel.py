@@ -1,0 +1,329 @@
+"""Two processes, each with half of a batch, learn what one learns from the whole: to the number.
+
+The processes are real and talk by gloo. Each test of numbers reads what one start of them left.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from t2ilearn import recipes, training
+from t2ilearn.vqvae import ranks, summed_over_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = 1e-9
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="fork and the loopback's name are Linux's"),
+]
+
+# Three children of one process that has imported everything: two that train together, one alone.
+TOGETHER = '''
+import json, os, sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from t2ilearn import dalle, flight, training, vqvae
+from t2ilearn.prior import PriorConfig
+from t2ilearn.training import TrainConfig
+from t2ilearn.tokens import END, PAD, null_caption
+
+torch.set_num_threads(1)
+CONFIG = TrainConfig(steps=4, batch_size=4, learning_rate=1e-2, warmup_steps=0, gradient_clip=0.5)
+CODES = {"resolution": 16, "channels": (8, 16), "blocks": 1, "codes": 12, "code_dim": 4}
+
+
+def pictures(generator):
+    return 2 * torch.rand(8, 3, 16, 16, generator=generator, dtype=torch.float64) - 1
+
+
+def half(*parts):
+    """This process's half of the joint batch; all of it, if there is only one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return tuple(part.chunk(world)[rank] for part in parts)
+
+
+def train_vqvae(folder, quantizer):
+    model = vqvae.VQVAE(vqvae.VQVAEConfig(**CODES, quantizer=quantizer)).double()
+
+    def make_batch(step, _):
+        return *half(pictures(torch.Generator().manual_seed(step))), step > 0
+
+    def compute_loss(model, batch, generator):
+        x, quantize = batch
+        return vqvae.vqvae_loss(x, model(x, quantize))
+
+    def after_step(model, batch, step, generator):
+        book = model.quantizer
+        if step == 0:
+            model.kmeans_start(batch[0], generator)
+        if step == 1:
+            book.counts[3:8] = 0.0
+            assert model.revive(batch[0], generator) >= 5
+        book.register_buffer(f"book_{step}", book.codebook.detach().clone(), persistent=False)
+        seen[f"book_{step}"] = book.codebook.detach().clone()
+
+    seen = {}
+    return *training.train(
+        model, make_batch, compute_loss, CONFIG, folder, after_step=after_step, progress=False
+    )[:2], seen
+
+
+def train_dvae(folder):
+    model = dalle.DVAE(dalle.DVAEConfig(**CODES)).double()
+
+    def make_batch(step, _):
+        generator = torch.Generator().manual_seed(step)
+        noise = dalle.gumbel_noise((8, 12, 4, 4), generator, torch.float64)
+        return *half(pictures(generator), noise), step / 4
+
+    def compute_loss(model, batch, generator):
+        x, noise, share = batch
+        return dalle.dvae_loss(x, model(x, dalle.temperature_at(share), noise), 1 + share)
+
+    return *training.train(
+        model, make_batch, compute_loss, CONFIG, folder, progress=False
+    )[:2], {}
+
+
+def train_dalle(folder):
+    model = dalle.DALLE(PriorConfig(7, 3, 8, 2, 2, vocabulary=11, text_length=6)).double()
+
+    def make_batch(step, _):
+        generator = torch.Generator().manual_seed(step)
+        caption = torch.randint(3, 11, (8, 6), generator=generator)
+        caption[:4, 2], caption[:4, 3:] = END, PAD  # the first half says less than the second
+        caption[4:, 5] = END
+        caption[1], caption[6] = null_caption(2, 6)
+        if step == 2:
+            caption[:4] = null_caption(4, 6)  # the first half says nothing at all
+        if step == 3:
+            caption[:] = null_caption(8, 6)  # nobody says anything
+        return half(torch.randint(7, (8, 9), generator=generator), caption)
+
+    def compute_loss(model, batch, generator):
+        codes, caption = batch
+        return dalle.dalle_loss(model(codes, caption), caption, codes)
+
+    return *training.train(
+        model, make_batch, compute_loss, CONFIG, folder, progress=False
+    )[:2], {}
+
+
+def everything(who, out):
+    cases = {
+        "ema": lambda folder: train_vqvae(folder, "ema"),
+        "gradient": lambda folder: train_vqvae(folder, "gradient"),
+        "dvae": train_dvae,
+        "dalle": train_dalle,
+    }
+    for name, case in cases.items():
+        torch.manual_seed(0)
+        shared = who if who == "alone" else "together"
+        model, curves, seen = case(out / shared / name)
+        tensors = {f"averaged/{k}": v.clone() for k, v in model.state_dict().items()} | seen
+        if who != "1":
+            tensors |= flight.load_checkpoint(out / shared / name)[0]
+        save_file(tensors, out / f"{name}-{who}.safetensors")
+        (out / f"{name}-{who}.json").write_text(json.dumps(curves), encoding="utf-8")
+
+
+out, port = Path(sys.argv[1]), sys.argv[2]
+children = []
+for who in ("0", "1", "alone"):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            if who != "alone":
+                os.environ |= {"RANK": who, "LOCAL_RANK": who, "WORLD_SIZE": "2"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            everything(who, out)
+            status = 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    children.append(child)
+failed = [os.waitpid(child, 0)[1] for child in children]
+sys.exit(any(failed))
+'''
+
+# As `t2ilearn`, but for what would take long; and each process notes which pictures it saw.
+COMMAND = """
+import hashlib, json, os, sys
+from pathlib import Path
+
+from t2ilearn import cli, recipes
+
+train, seen = recipes.train, []
+recipes.evaluate_vqvae = lambda model, world: {"measured by": os.environ["RANK"]}
+
+
+def noting(model, make_batch, *rest, **options):
+    def make(step, generator):
+        batch = make_batch(step, generator)
+        seen.append(hashlib.sha256(batch[0].numpy().tobytes()).hexdigest())
+        return batch
+
+    return train(model, make, *rest, **options)
+
+
+recipes.train = noting
+cli.main()
+path = Path(os.environ["NOTES"], f"seen-{os.environ['RANK']}.json")
+path.write_text(json.dumps(seen), encoding="utf-8")
+"""
+
+
+def free_port() -> str:
+    """A port that nobody listens on now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def finish(command, folder, **environment):
+    """Run a command that may start others; what hangs is ended with all that it started."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_CPU")
+    clean = {k: v for k, v in os.environ.items() if k not in ours}
+    settings = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    paths = {"PYTHONPATH": str(ROOT), **settings, **environment}
+    started = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=clean | paths,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = started.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        said, _ = started.communicate()
+        pytest.fail(f"did not finish:\n{said[-3000:]}")
+    assert started.returncode == 0, said[-5000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What the two that trained together, and the one alone, left: (tensors, curves) by name."""
+    folder = tmp_path_factory.mktemp("together")
+    finish(["-c", TOGETHER, folder, free_port()], folder)
+
+    def read(name, who):
+        curves = (folder / f"{name}-{who}.json").read_text(encoding="utf-8")
+        return load_file(folder / f"{name}-{who}.safetensors"), json.loads(curves)
+
+    return read
+
+
+CASES = pytest.mark.parametrize("name", ["ema", "gradient", "dvae", "dalle"])
+
+
+def difference(a, b):
+    assert a.dtype == b.dtype == torch.float64 and a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+@CASES
+def test_two_with_half_a_batch_learn_what_one_learns_from_the_whole(trained, name):
+    """Weights, their averages, the optimiser's moments; of a codebook its counts and sums."""
+    (together, _), (alone, _) = trained(name, "0"), trained(name, "alone")
+    assert together.keys() == alone.keys()
+    for key, value in alone.items():
+        if not key.endswith("/step"):
+            assert difference(together[key], value) <= TINY, key
+    assert any(key.startswith("optimizer/") for key in alone)
+    if name == "ema":
+        assert {"model/quantizer.counts", "model/quantizer.sums"} <= alone.keys()
+
+
+@CASES
+def test_both_processes_end_with_the_same_model(trained, name):
+    (first, _), (second, _) = trained(name, "0"), trained(name, "1")
+    for key, value in second.items():
+        assert torch.equal(first[key], value), key
+    assert any(key.startswith("averaged/") for key in second)
+
+
+@CASES
+def test_the_curves_are_those_of_the_joint_batch(trained, name):
+    (_, first), (_, second), (_, alone) = (trained(name, who) for who in ("0", "1", "alone"))
+    assert first == second and first.keys() == alone.keys() and first["step"] == [1, 2, 3, 4]
+    for term, values in alone.items():
+        assert first[term] == pytest.approx(values, rel=0, abs=TINY), term
+    if name == "dalle":
+        assert first["words"][0] > 1 and first["words"][2] > 1 and first["words"][3] == 0
+
+
+@pytest.mark.parametrize("name", ["ema", "gradient"])
+def test_the_codebook_starts_and_revives_on_encodings_of_all(trained, name):
+    (first, _), (second, _), (alone, _) = (trained(name, who) for who in ("0", "1", "alone"))
+    for step in range(4):
+        book = f"book_{step}"
+        assert torch.equal(first[book], second[book]), step
+        assert difference(first[book], alone[book]) <= TINY, step
+    moved = (alone["book_1"] - alone["book_0"]).abs().amax(1)
+    assert (moved[3:8] > 1e-3).all()  # the five dead codes
+
+
+def test_torchrun_trains_and_writes_one_set_of_files(tmp_path):
+    """`torchrun --nproc-per-node 2 -m t2ilearn train vqvae --preset tiny --steps 6`."""
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND, encoding="utf-8")
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    train = ["train", "vqvae", "--preset", "tiny", "--steps", "6"]
+    finish([*run, script, *train], tmp_path, NOTES=str(tmp_path))
+    (folder,) = (tmp_path / "runs").iterdir()
+    names = {path.name for path in folder.iterdir()}
+    (checkpoint,) = folder.glob("checkpoint-*.safetensors")
+    assert folder.name == "vqvae-tiny" and names == {
+        *("vqvae-tiny.safetensors", "vqvae-tiny.json", "learns_from.json", "flight.json"),
+        *("frames", "checkpoint.json", checkpoint.name),
+    }
+    card = json.loads((folder / "vqvae-tiny.json").read_text(encoding="utf-8"))
+    assert card["steps"] == 6 and card["metrics"] == {"measured by": "0"}
+    first, second = (
+        json.loads((tmp_path / f"seen-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)
+    )
+    assert len(first) == len(second) == 6 and len({*first, *second}) == 12
+
+
+# ---------------------------------------------------------------- who writes
+
+
+def test_one_process_is_the_first(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert training.is_first_process() and ranks() == 1
+    for rank, first in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert training.is_first_process() is first
+    x = torch.ones(2)
+    assert summed_over_ranks(x) is x and x.tolist() == [1, 1]
+
+
+def test_only_the_first_process_claims_a_folder_and_writes_weights(tmp_path, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setattr(recipes, "is_first_process", lambda: False)
+    path = recipes.train_system("vqvae", "tiny", tmp_path, steps=1, progress=False)
+    assert path == tmp_path / "vqvae-tiny" / "vqvae-tiny.safetensors" and not path.exists()
+    assert not (path.parent / "learns_from.json").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
