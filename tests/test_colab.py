@@ -188,7 +188,7 @@ LAB_CELLS = {
     "02_vqvae": ["book-record"],
     "03_priors": ["record"],
     "04_vqgan": [],
-    "05_dalle": [],
+    "05_dalle": ["codes-record"],
 }
 
 
