@@ -22,10 +22,12 @@ so that a caption and the codes of its upper half are both just a beginning, to 
 | w, q | `caption`, `codes` |
 
 Differs from the paper in: encoder and decoder are chapter 2's (strided convolutions, SiLU), the
-codes' vectors D numbers long; b is at least 1/64, for drawings without noise would drive it to 0;
-all attention is dense; words and codes are predicted through their own embeddings (weights tied);
-words that were padding, or a caption left out for guidance, are not counted in L_words; 8 × 8
-codes instead of 32 × 32. The class draws from any `PictureCodes`, a VQGAN's as well.
+codes' vectors D numbers long; b is at least 1/4, for plain grounds would drive it to 0, and a
+pixel counts by 1/b (with 1/64 a small dVAE copied grounds, and no object); all attention is dense;
+words and codes are predicted through their own embeddings (weights tied); words that were padding,
+or a caption left out for guidance, are not counted in L_words; some of the codes heard in training
+are wrong on purpose (`prior.slip`); 8 × 8 codes instead of 32 × 32. The class draws from any
+`PictureCodes`, a VQGAN's as well.
 
 Letters: B batch, T words, N = h · w codes, K codes in the codebook, V vocabulary, D width.
 """
@@ -55,7 +57,7 @@ from t2ilearn.vqvae import (
 )
 
 EPSILON = 0.1  # ε: keeps the logit of a black or white pixel finite
-NARROWEST = math.log(1 / 64)  # of ln b: about one of 255 grey levels
+NARROWEST = math.log(1 / 4)  # of ln b: some 20 of 255 grey levels
 WARMEST, COLDEST = 1.0, 1 / 16  # τ at the start and at the end (section 2.1)
 KL_WEIGHT = 6.6  # β at the end (appendix A.2)
 WORDS_SHARE = 1 / 8  # of the loss; the rest is the picture's (appendix B.2)

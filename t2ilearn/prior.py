@@ -113,6 +113,24 @@ def drop_captions(
     return torch.where(dropped.to(caption.device)[:, None], null, caption)
 
 
+def slip(
+    codes: Int[Tensor, "b n"], size: int, most: float, generator: torch.Generator
+) -> Int[Tensor, "b n"]:
+    """Codes with some exchanged by lot, for a model to hear while it learns to say the right ones.
+
+    Who hears only right codes in training finishes any drawing that it knows by heart, whatever
+    the caption; and goes astray after its own first slip (exposure bias, Ranzato et al. 2016).
+
+    Args:
+        size: K.
+        most: each picture's own share of slips is drawn from [0, most].
+    """
+    share = most * torch.rand(len(codes), 1, generator=generator)
+    slips = torch.rand(codes.shape, generator=generator) < share
+    anything = torch.randint(size, codes.shape, generator=generator)
+    return torch.where(slips.to(codes.device), anything.to(codes.device), codes)
+
+
 class Prior(nn.Module):
     """What both priors share: their sizes, and the checks of what they are given."""
 

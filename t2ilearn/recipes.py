@@ -55,7 +55,7 @@ from t2ilearn.evaluation import (
     evaluate_reader,
     evaluate_vqvae,
 )
-from t2ilearn.prior import Prior, PriorConfig, drop_captions, prior_loss, sample
+from t2ilearn.prior import Prior, PriorConfig, drop_captions, prior_loss, sample, slip
 from t2ilearn.reader import Reader, ReaderConfig, junk, reader_loss
 from t2ilearn.training import TrainConfig, TrainingError, TrainResult, is_first_process, train
 from t2ilearn.vqgan import VQGAN, Critic, CriticConfig, Objective, Players, perceptual_distance
@@ -75,6 +75,7 @@ class Recipe:
     critic: CriticConfig | None = None  # of a VQGAN, and what the two are trained for
     objective: Objective | None = None
     kl_weight: float = KL_WEIGHT  # of a dVAE, at the end
+    slips: float = 0.0  # the largest share of wrong codes that DALL·E hears while it learns
 
 
 def both_worlds() -> Together:
@@ -166,7 +167,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 for _preset in ("tiny", "book"):  # the second stage is chapter 3's
     RECIPES["vqgan-prior", _preset] = RECIPES["prior", _preset]
     for _name in ("dalle", "dalle-dvae"):  # the same sizes, words and codes in one stream
-        RECIPES[_name, _preset] = RECIPES["prior", _preset]
+        RECIPES[_name, _preset] = replace(RECIPES["prior", _preset], slips=0.4)
 
 # What each part of a VQGAN's loss is good for: the same training without it.
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -576,14 +577,18 @@ def _train_prior(job: Job) -> TrainResult:
     size, words = recipe.train.batch_size, job.tokenizer
     scenes, codes = encode_world(vqvae, world, CODES_PER_WORLD[world.name], recipe.train.seed)
 
-    def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def make_batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         rows = torch.randint(len(scenes), (size,), generator=generator)
         captions = words.encode(world.mixed_captions(scenes[rows], generator))  # new each time
-        return codes[rows].long(), drop_captions(captions, DROP_CAPTIONS, generator)
+        captions, tokens = drop_captions(captions, DROP_CAPTIONS, generator), codes[rows].long()
+        heard = tokens
+        if recipe.slips:
+            heard = slip(tokens, recipe.model.codes, recipe.slips, generator)
+        return tokens, heard, captions
 
     def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
-        tokens, captions = batch
-        said = model(tokens, captions)
+        tokens, heard, captions = batch
+        said = model(heard, captions)
         if isinstance(said, Stream):
             return dalle_loss(said, captions, tokens)
         return prior_loss(said, tokens)

@@ -119,7 +119,7 @@ def test_the_whole_bound_is_torch_s_distributions_with_every_gradient(generator)
     logits = theirs.encoder(x).movedim(1, -1)  # (B, h, w, K)
     z = ((logits + g.movedim(1, -1)) / 0.5).softmax(-1) @ theirs.codebook
     mean, log_scale = theirs.decoder(z.movedim(-1, 1)).chunk(2, 1)
-    laplace = distributions.Laplace(mean, log_scale.clamp(min=math.log(1 / 64)).exp())
+    laplace = distributions.Laplace(mean, log_scale.clamp(min=math.log(1 / 4)).exp())
     density = distributions.TransformedDistribution(laplace, [distributions.SigmoidTransform()])
     nats = -density.log_prob(0.1 + 0.8 * (x + 1) / 2).sum()
     q = distributions.Categorical(logits=logits)

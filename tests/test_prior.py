@@ -19,6 +19,7 @@ from t2ilearn.prior import (
     prior_loss,
     sample,
     sample_steps,
+    slip,
 )
 from t2ilearn.tokens import END, NULL, PAD, null_caption
 
@@ -547,6 +548,18 @@ def test_a_start_tells_how_many_pictures_there_are(kind, use_cache, codes, gener
     model = small(kind, captions=False)
     done = sample(model, start=codes[:, :7], generator=generator, use_cache=use_cache)
     assert done.shape == (3, N) and torch.equal(done[:, :7], codes[:, :7])
+
+
+def test_slips_are_as_many_as_stated_and_anything_may_take_a_place(generator):
+    codes = torch.full((4000, N), 3)
+    before = codes.clone()
+    heard = slip(codes, K, 0.4, generator)
+    assert torch.equal(codes, before) and torch.equal(slip(codes, K, 0.0, generator), codes)
+    wrong = (heard != codes).float()
+    # A seventh of all slips lands on the right code again; each picture has a share of its own.
+    assert wrong.mean().item() == pytest.approx(0.2 * (K - 1) / K, abs=0.01)
+    assert wrong.mean(1).max() > 0.4 and (wrong.mean(1) == 0).float().mean() > 0.1
+    assert heard.unique().tolist() == list(range(K))
 
 
 @BOTH

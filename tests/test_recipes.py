@@ -221,6 +221,24 @@ def test_a_prior_learns_the_codes_of_this_folders_vqvae(tmp_path, quick, system)
     assert len(shares) == 2 and all(0 <= s["value"] <= 1 for s in shares)
 
 
+def test_dalle_hears_slips_and_answers_for_the_right_codes(tmp_path, quick, monkeypatch):
+    assert {name for (name, _), recipe in RECIPES.items() if recipe.slips} == {
+        "dalle",
+        "dalle-dvae",
+    }
+    heard, wanted, real = [], [], recipes.dalle_loss
+
+    def all_zero(codes, size, most, generator):
+        heard.append(codes)
+        assert size == 256 and most == 0.4
+        return torch.zeros_like(codes)
+
+    monkeypatch.setattr(recipes, "slip", all_zero)
+    monkeypatch.setattr(recipes, "dalle_loss", lambda s, c, q: wanted.append(q) or real(s, c, q))
+    train_system("dalle", "tiny", tmp_path, steps=2, **QUIET)
+    assert len(heard) == 2 and all(torch.equal(a, b) for a, b in zip(heard, wanted, strict=True))
+
+
 def test_a_finished_run_is_only_measured_anew(tmp_path, quick):
     first = weights.load(train_system("vqvae", "tiny", tmp_path, steps=4, **QUIET))
     again = weights.load(train_system("vqvae", "tiny", tmp_path, steps=4, **QUIET))

@@ -171,7 +171,7 @@ function draw(model, el) {
     if (at < 0) at = rows.push([`${code} ●`, bar(chosen[step], show(chosen[step], 3))]) - 1;
     const rest = Math.max(0, 1 - sum(p) - (at < first.length ? 0 : chosen[step]));
     rows.push(["all others", bar(rest, show(rest, 3))]);
-    const node = table("The likeliest next codes; ● was drawn", ["code", "probability"], rows);
+    const node = table("The likeliest next codes, before any are cut off; ● was drawn", ["code", "probability"], rows);
     node.tBodies[0].rows[at].className = "t2i-chosen";
     return node;
   }
