@@ -26,8 +26,8 @@ codes' vectors D numbers long; b is at least 1/4, for plain grounds would drive 
 pixel counts by 1/b (with 1/64 a small dVAE copied grounds, and no object); all attention is dense;
 words and codes are predicted through their own embeddings (weights tied); words that were padding,
 or a caption left out for guidance, are not counted in L_words; some of the codes heard in training
-are wrong on purpose (`prior.slip`); 8 × 8 codes instead of 32 × 32. The class draws from any
-`PictureCodes`, a VQGAN's as well.
+are wrong on purpose (`prior.slip`); a dVAE begins as an autoencoder (`DVAE._score_by_likeness`);
+8 × 8 codes instead of 32 × 32. The class draws from any `PictureCodes`, a VQGAN's as well.
 
 Letters: B batch, T words, N = h · w codes, K codes in the codebook, V vocabulary, D width.
 """
@@ -123,6 +123,20 @@ class DVAE(PictureCodes):
         self.encoder = Encoder(config, outputs=config.codes)
         self.codebook = nn.Parameter(torch.randn(config.codes, config.code_dim))
         self.decoder = Decoder(config, outputs=6)  # μ and ln b for red, green and blue
+        self._score_by_likeness()
+
+    @torch.no_grad()
+    def _score_by_likeness(self) -> None:
+        """At first, a code's logit is its vector's product with a projection of the features.
+
+        So a soft draw at τ = 1 hands that projection on, roughly, and the whole begins as an
+        autoencoder. From logits that have nothing to do with the vectors, a few codes win it all.
+        """
+        last = self.encoder[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        projection = nn.Conv2d(last.in_channels, self.config.code_dim, 1).weight[:, :, 0, 0]
+        last.weight.copy_((self.codebook @ projection)[:, :, None, None])  # (K, C, 1, 1)
+        nn.init.zeros_(last.bias)
 
     def forward(
         self,

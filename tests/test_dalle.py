@@ -200,6 +200,32 @@ def test_decoding_undoes_the_squeeze(x):
     assert ends.tolist() == pytest.approx([0.1, 0.5, 0.9])
 
 
+def test_a_dvae_begins_as_an_autoencoder():
+    """A soft draw without noise hands on what the encoder saw; random logits would tell nothing."""
+
+    def explained(model):
+        pictures = 2 * torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
+        with torch.no_grad():
+            before = torch.nn.Sequential(*list(model.encoder)[:-1])
+            features = before(pictures.to(model.codebook.dtype))
+            y = model.encoder[-1](features).softmax(1)
+            mixture = torch.einsum("bkhw,kd->bdhw", y, model.codebook)
+        z, m = (t.movedim(1, -1).flatten(0, 2) for t in (features, mixture))
+        z, m = z - z.mean(0), m - m.mean(0)
+        rest = m - z @ torch.linalg.lstsq(z, m).solution
+        return 1 - rest.square().sum() / m.square().sum(), m.std()
+
+    torch.manual_seed(0)
+    config = DVAEConfig(resolution=16, channels=(16, 32), blocks=1, codes=256, code_dim=8)
+    share, size = explained(DVAE(config).double())
+    assert share > 0.8
+    by_chance = DVAE(config).double()
+    torch.nn.init.normal_(
+        by_chance.encoder[-1].weight, std=by_chance.encoder[-1].weight.std().item()
+    )
+    assert size > 2 * explained(by_chance)[1]
+
+
 def test_the_scale_has_a_floor(x, noise):
     model = small_dvae()
     with torch.no_grad():

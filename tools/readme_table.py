@@ -46,6 +46,7 @@ SHOWN = {
         "style, real",
         "concept, jpeg 50",
         "concept, floor (drawings shuffled)",
+        "style, floor (drawings shuffled)",
     ),
     "vqvae": (
         "PSNR, dB",
@@ -74,6 +75,7 @@ SHOWN = {
             f"concept in the first five, {name}",
             f"style, {name}",
             f"floor: captions shuffled, {name}",
+            f"floor: style, captions shuffled, {name}",
         )
     ),
 }
