@@ -581,10 +581,7 @@ def _train_prior(job: Job) -> TrainResult:
         rows = torch.randint(len(scenes), (size,), generator=generator)
         captions = words.encode(world.mixed_captions(scenes[rows], generator))  # new each time
         captions, tokens = drop_captions(captions, DROP_CAPTIONS, generator), codes[rows].long()
-        heard = tokens
-        if recipe.slips:
-            heard = slip(tokens, recipe.model.codes, recipe.slips, generator)
-        return tokens, heard, captions
+        return tokens, slip(tokens, recipe.model.codes, recipe.slips, generator), captions
 
     def compute_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
         tokens, heard, captions = batch
