@@ -77,9 +77,21 @@ from t2ilearn import widgets
 
 assert ipywidgets.__version__ == "7.7.1", ipywidgets.__file__
 assert anywidget.__version__ == "0.9.21", anywidget.__file__
+from t2ilearn.dalle import DALLE, DVAE, DVAEConfig
+from t2ilearn.data import WordTokenizer
+from t2ilearn.drawing import System
+from t2ilearn.prior import PriorConfig
+from t2ilearn.widgets.stream import record_drawing
+
+words = WordTokenizer()
+sizes = PriorConfig(codes=16, side=4, width=16, depth=1, heads=1, vocabulary=words.vocabulary)
+decoder = DVAE(DVAEConfig(resolution=16, channels=(16, 16), blocks=1, codes=16, code_dim=8))
+system = System(decoder.eval(), DALLE(sizes).eval(), words, "", ())
+written = record_drawing(system, "a red star", torch.zeros(16, dtype=torch.int64))
 asked = widgets.Question("Two?", {"yes": "It is.", "no": "Count again."}, "A")
 needs = {
     "Quiz": {"questions": [asked]},
+    "TokenSampler": {"drawings": [written]},
     "Frames": {"pictures": torch.zeros(2, 3, 8, 8), "axes": {"step": [0, 1]}},
 }
 made = 0

@@ -187,7 +187,7 @@ function draw(model, el) {
     const kl = klToUniform(p);
     shares.replaceChildren(table(
       `H(p) = ${show(entropy(p))}, KL(p ‖ uniform) = ln ${size} − H(p) = ${show(kl)} nats`,
-      ["code", "p = softmax(l)", "g", "y = softmax((l + g) / τ)", `share of ${CLOUD} wins`],
+      ["code", "p = softmax (l)", "g", "y = softmax ((l + g) / τ)", `wins, of ${CLOUD}`],
       p.map((v, k) => [String(k), bar(v, show(v), 0), show(noise[k]), bar(now.y[k], show(now.y[k]), 1),
         bar(all.wins[k], show(all.wins[k]), 2)])));
     const far = (one) => (state.hard ? "0.00" : show(one.far));
