@@ -43,7 +43,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from t2ilearn.layers import KVCache, TransformerBlock
-from t2ilearn.prior import INIT, Prior, PriorConfig, gpt2_init
+from t2ilearn.prior import INIT, Prior, PriorConfig, empty_caches, gpt2_init
 from t2ilearn.tokens import NULL, PAD
 from t2ilearn.vqvae import (
     CodesConfig,
@@ -335,10 +335,8 @@ class DALLE(Prior):
 
     def new_caches(self, batch: int) -> list[KVCache]:
         """One empty cache a block."""
-        config = self.config
-        length = 1 + config.words + config.length
-        sizes = (batch, config.heads, length, config.width // config.heads)
-        return [KVCache(*sizes, self.row.detach()) for _ in self.blocks]
+        length = 1 + self.config.words + self.config.length
+        return empty_caches(self.config, batch, length, self.row)
 
     def _embed(self, codes: Tensor, caption: Tensor) -> Float[Tensor, "b total d"]:
         """start, words or what stands in for them, start of the picture, codes."""

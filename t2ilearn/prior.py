@@ -192,6 +192,12 @@ def log_likelihood(
     return -F.cross_entropy(logits.mT, codes, reduction="none").sum(1)
 
 
+def empty_caches(config: PriorConfig, batch: int, length: int, like: Tensor) -> list[KVCache]:
+    """A cache for each block, with room for `length` tokens; like a tensor of the model."""
+    sizes = (batch, config.heads, length, config.width // config.heads)
+    return [KVCache(*sizes, like.detach()) for _ in range(config.depth)]
+
+
 # --- the Transformer ---------------------------------------------------------------------------
 
 
@@ -244,9 +250,7 @@ class TransformerPrior(Prior):
 
     def new_caches(self, batch: int) -> list[KVCache]:
         """One empty cache a block."""
-        config, like = self.config, self.position
-        sizes = (batch, config.heads, len(like), config.width // config.heads)
-        return [KVCache(*sizes, like.detach()) for _ in self.blocks]
+        return empty_caches(self.config, batch, len(self.position), self.position)
 
     def _embed(self, codes: Tensor, caption: Tensor | None) -> Float[Tensor, "b total d"]:
         """Words (if any), start and codes, each with its position added."""
