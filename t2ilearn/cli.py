@@ -41,7 +41,8 @@ def draw(
         str | None, typer.Option(help="Who chooses the best: reader or likelihood.")
     ] = None,
     finish: Annotated[
-        Path | None, typer.Option(help="A picture to finish: its upper part stays.")
+        Path | None,
+        typer.Option(help="A picture to finish: its upper part stays; the caption may be ''."),
     ] = None,
     rows: Annotated[int, typer.Option(help="With --finish: so many of 8 rows stay.")] = 4,
     out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("drawing.png"),

@@ -10,6 +10,7 @@ import hashlib
 import html
 import io
 import json
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -463,6 +464,7 @@ def redraw(path: str | Path) -> Drawing:
         stored.pop("version")
         stored["start"] = tuple(map(operator.index, stored.get("start", ())))
         request = replace(Request(stored["caption"]), **stored)
+        _check_kinds(request)
         request.check()
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"The metadata of {path} are damaged: {error}.") from None
@@ -471,7 +473,12 @@ def redraw(path: str | Path) -> Drawing:
             f"{path} was drawn with weights {weights_id}, but "
             f"{load_system(request.system).weights_id} are installed; the picture would differ."
         )
-    try:
-        return _drawn(request)
-    except TypeError as error:  # a word where a number belongs
-        raise ValueError(f"The metadata of {path} are damaged: {error}.") from None
+    return _drawn(request)
+
+
+def _check_kinds(request: Request) -> None:
+    """Raise TypeError for a word where a number belongs: files can hold anything."""
+    for whole in (request.seed, request.count, request.best_of, request.top_k):
+        operator.index(0 if whole is None else whole)
+    for number in (request.guidance_scale, request.temperature, request.top_p):
+        math.isfinite(1 if number is None else number)

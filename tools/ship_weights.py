@@ -4,7 +4,7 @@
 
 Weights are read back strictly first, and a card without metrics (a stopped run) is refused. Of some
 runs the flight record and the card ship, and no weights: of ablations, at which chapter 4 looks,
-and of chapter 5's small models, which its lab trains anew.
+and of chapter 5's small dVAE, which its lab trains anew.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from t2ilearn.drawing import load_tokenizer
 from t2ilearn.flight import read_record
 from t2ilearn.recipes import ABLATIONS
 
-RECORDS_ONLY = {*(f"{name}-tiny" for name in ABLATIONS), "dvae-tiny", "dalle-tiny"}
+RECORDS_ONLY = {*(f"{name}-tiny" for name in ABLATIONS), "dvae-tiny"}
 
 
 def ship(runs: Path, name: str) -> None:
