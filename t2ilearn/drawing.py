@@ -342,8 +342,8 @@ def draw(
         ValueError: if an argument is out of its range.
         WeightsError: if weights are missing or damaged.
     """
-    sampling = (guidance_scale, best_of, temperature, top_p, top_k)
-    return _drawn(Request(caption, system, seed, count, *sampling, scorer))
+    how = (guidance_scale, best_of, temperature, top_p, top_k, scorer)
+    return _drawn(Request(caption, system, seed, count, *how))
 
 
 def complete(
@@ -384,16 +384,14 @@ def _drawn(request: Request) -> Drawing:
     if name == "reader" and not isinstance(stated, Stated):
         raise ValueError("The training reader reads captions of shapes; let likelihood choose.")
     n = request.count * request.best_of
-    ids = _ids(system, [caption])
-    start = torch.tensor([request.start], dtype=torch.int64).expand(n, -1)
     codes = sample(
         system.prior,
-        ids.expand(n, -1),
+        _ids(system, [caption] * n),
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,
         guidance_scale=request.guidance_scale,
-        start=start,
+        start=torch.tensor([request.start], dtype=torch.int64).expand(n, -1),
         generator=torch.Generator().manual_seed(request.seed),
     )
     pictures = system.vqvae.decode_tokens(codes).clamp(-1, 1)
@@ -437,8 +435,8 @@ def _read_by_judge(
     if isinstance(stated, Stated):
         return aligned(load_reader("judge"), pictures, [caption] * len(pictures)).tolist()
     if isinstance(stated, StatedEmoji):
-        judge = load_reader("emoji-judge")
-        return aligned_emoji(judge, pictures, [stated] * len(pictures)).tolist()
+        found = aligned_emoji(load_reader("emoji-judge"), pictures, [stated] * len(pictures))
+        return found.tolist()
     return []
 
 

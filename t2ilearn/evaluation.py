@@ -274,12 +274,12 @@ def evaluate_choice(
     right = aligned(load_reader("judge"), drawn, captions).view(-1, MOST)  # (captions, 8)
     generator, metrics = torch.Generator().manual_seed(0), dict[str, Any]()
     for count in (1, 2, 4, MOST):
-        groups = marks.unflatten(1, (-1, count))
-        kept = right.unflatten(1, (-1, count)).gather(2, groups.argmax(2, keepdim=True))
-        each = kept.double().mean((1, 2))  # a caption's share of groups whose best is right
+        best = marks.unflatten(1, (-1, count)).argmax(2, keepdim=True)
+        # A caption's share of groups whose best is right.
+        each = right.unflatten(1, (-1, count)).gather(2, best).double().mean((1, 2))
         value, low, high = bootstrap(lambda x: x.mean().item(), each, generator=generator)
-        interval = Interval(value, max(0.0, low), min(1.0, high))
-        metrics[f"test-full, best of {count} by the reader"] = rounded(interval)
+        name = f"test-full, best of {count} by the reader"
+        metrics[name] = rounded(Interval(value, max(0.0, low), min(1.0, high)))
     return metrics
 
 
