@@ -1,4 +1,4 @@
-"""The command line: `t2ilearn draw | redraw | train | weights`.
+"""The command line: `t2ilearn draw | redraw | train | systems | evaluate | weights`.
 
 Imports of torch wait until a command needs them, so that `--help` answers at once.
 """
@@ -22,24 +22,18 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def draw(
+    context: typer.Context,
     caption: Annotated[str, typer.Argument(help="What to draw, as an English sentence.")],
     system: Annotated[
-        str, typer.Option("--with", help="vqvae, vqgan, dalle …, or a prior's run folder.")
-    ] = "vqvae",
+        str | None,
+        typer.Option("--with", help="One of `t2ilearn systems`, or a run's folder; else the best."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 4,
-    guidance_scale: Annotated[
-        float, typer.Option(help="1: as learned; more: insist on the caption.")
-    ] = 2.0,
     best_of: Annotated[int, typer.Option(help="Draw so many for each one kept.")] = 1,
-    temperature: Annotated[float, typer.Option(help="Below 1: safer; 0: greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest share of codes; 1: all.")] = 0.9,
-    top_k: Annotated[int | None, typer.Option(help="Keep so many likeliest codes.")] = None,
-    scorer: Annotated[
-        str | None, typer.Option(help="Who chooses the best: reader or likelihood.")
-    ] = None,
+    scorer: Annotated[str | None, typer.Option(help="What chooses the best.")] = None,
     finish: Annotated[
         Path | None,
         typer.Option(help="A picture to finish: its upper part stays; the caption may be ''."),
@@ -47,26 +41,48 @@ def draw(
     rows: Annotated[int, typer.Option(help="With --finish: so many of 8 rows stay.")] = 4,
     out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("drawing.png"),
 ) -> None:
-    """Draw pictures for a caption and say how many show what it states."""
+    """Draw pictures for a caption and say how many show what it states.
+
+    A system's own options are given by name, such as --guidance-scale 3; `t2ilearn systems` lists
+    them.
+    """
     from t2ilearn import drawing
+    from t2ilearn.systems import registry
 
     how: dict[str, Any] = {
         "system": system,
         "seed": seed,
         "count": count,
-        "guidance_scale": guidance_scale,
         "best_of": best_of,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
         "scorer": scorer,
+        **named_options(context.args),
     }
     if finish is None:
         drawn = drawing.draw(caption, **how)
     else:
-        side = drawing.load_system(system).vqvae.config.resolution
+        side = registry.load(system).resolution
         drawn = drawing.complete(picture_file(finish, side), caption, rows=rows, **how)
     _report(drawn, out)
+
+
+def named_options(arguments: list[str]) -> dict[str, str]:
+    """["--top-p", "0.9"] or ["--top-p=0.9"] → {"top_p": "0.9"}.
+
+    Raises:
+        ValueError: for an argument without a name, or a name without a value.
+    """
+    found, rest = {}, list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            raise ValueError(f"Unexpected argument {word!r}. A caption of several words is quoted.")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"The option {name} needs a value.")
+            value = rest.pop(0)
+        found[name.removeprefix("--").replace("-", "_")] = value
+    return found
 
 
 def picture_file(path: Path, side: int) -> "Tensor":
@@ -125,10 +141,9 @@ def terminal_picture(drawing: "Drawing", width: int = 100) -> str:
 
 @app.command()
 def train(
-    system: Annotated[
-        str, typer.Argument(help="judge, reader, emoji-judge, vqvae, prior, pixelcnn, vqgan …")
-    ],
-    preset: Annotated[str, typer.Option(help="tiny (a laptop) or book (a GPU).")] = "tiny",
+    system: Annotated[str, typer.Argument(help="A system of `t2ilearn systems`, readers, or all.")],
+    preset: Annotated[str, typer.Option(help="tiny (a laptop) or book (what ships).")] = "tiny",
+    stage: Annotated[str | None, typer.Option(help="This stage alone.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Your own pictures: a folder with a captions.csv.")
     ] = None,
@@ -137,12 +152,53 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of the preset's number.")] = None,
     precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be trained, and stop.")] = False,
 ) -> None:
-    """Train a part of a system; an interrupted run goes on where it stopped."""
-    from t2ilearn.recipes import train_system
+    """Train every stage of a system that is missing; a stage that was stopped goes on."""
+    from t2ilearn.systems.plan import plan, train_system
 
-    path = train_system(system, preset, runs, data=data, steps=steps, precision=precision)
+    if dry_run:
+        for step in plan(system, preset, runs or Path("runs"), stage):
+            took = f"{step.minutes:g} min on {step.device}" if step.minutes else "not measured"
+            state = "done" if step.done else "to train"
+            typer.echo(f"{step.stage.name:24} {state:9} {took}")
+        return
+    path = train_system(
+        system, preset, runs, stage=stage, data=data, steps=steps, precision=precision
+    )
     typer.echo(f"Weights: {path}")
+
+
+@app.command()
+def systems() -> None:
+    """List what can draw, what each system has learned, and its options."""
+    from t2ilearn.systems import registry
+    from t2ilearn.systems.base import options_text
+
+    best = registry.best()
+    for name in registry.names():
+        system = registry.load(name)
+        learned = ", ".join(system.worlds) or "no world of ours"
+        mark = "  (the default)" if name == best else ""
+        typer.echo(f"{name}  {registry.title(name)}{mark}")
+        typer.echo(f"    learned: {learned}, {system.resolution}×{system.resolution} pixels")
+        typer.echo(f"    options: {options_text(system.Options())}")
+        typer.echo(f"    scorers: {', '.join(system.scorers()) or 'none'}")
+
+
+@app.command()
+def evaluate(
+    system: Annotated[str, typer.Argument(help="One of `t2ilearn systems`, or a run's folder.")],
+    n: Annotated[int, typer.Option("--n", help="Pictures of each test set.")] = 500,
+) -> None:
+    """Measure a system on the test sets of the worlds that it learned."""
+    from t2ilearn.systems import evaluate_system, registry
+    from t2ilearn.weights import figure
+
+    if n < 8:
+        raise ValueError(f"An evaluation needs 8 pictures at least, not {n}.")
+    for what, value in evaluate_system(registry.load(system), n=n).items():
+        typer.echo(f"{what}: {figure(value)}")
 
 
 @app.command()
@@ -152,9 +208,9 @@ def weights() -> None:
 
     for name in available():
         card = load(name).card
-        made = f"{card['parameters'] / 1e6:.2f} M parameters, {card['minutes']:g} min"
-        typer.echo(f"{name}  {card['sha256'][:8]}  {made} on {card['device']}")
-        for what, value in card["metrics"].items():
+        made = f"{card.parameters / 1e6:.2f} M parameters, {card.minutes:g} min"
+        typer.echo(f"{name}  {card.sha256[:8]}  {made} on {card.device}")
+        for what, value in card.metrics.items():
             typer.echo(f"    {what}: {figure(value)}")
 
 

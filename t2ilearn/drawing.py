@@ -1,237 +1,39 @@
 """From a caption to pictures, with the weights that ship.
 
-drawing = draw("a small red star above a large striped blue ring", seed=1)
-drawing.save("star.png")        # the file remembers caption, system, seed and weights
-redraw("star.png")              # and can be drawn again, pixel for pixel
+    drawing = draw("a small red star above a large striped blue ring", seed=1)
+    drawing.save("star.png")        # the file remembers the request and the weights
+    redraw("star.png")              # and can be drawn again, pixel for pixel
 """
 
 import base64
-import hashlib
 import html
 import io
 import json
-import math
 import operator
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt8
 from PIL import Image, PngImagePlugin
-from torch import Tensor, nn
+from torch import Tensor
 
-from t2ilearn import __version__, weights
-from t2ilearn.dalle import DALLE, DVAE, Candidates, DVAEConfig, Scorer, beginning, keep_best
-from t2ilearn.data.bpe import CaptionTokenizer
-from t2ilearn.data.captions import CaptionError, Stated, WordTokenizer
-from t2ilearn.data.emoji_captions import StatedEmoji
-from t2ilearn.data.grammar import GRAMMARS, read_caption
-from t2ilearn.data.interface import Tokenizer
-from t2ilearn.data.together import worlds_in
-from t2ilearn.prior import PixelCNN, Prior, PriorConfig, TransformerPrior, log_likelihood, sample
-from t2ilearn.reader import Reader, ReaderConfig, aligned, aligned_emoji, score
-from t2ilearn.tokens import null_caption
-from t2ilearn.vqgan import VQGAN, Critic, CriticConfig
-from t2ilearn.vqvae import VQVAE, PictureCodes, VQVAEConfig
+from t2ilearn import __version__
+from t2ilearn.data.captions import CaptionError
+from t2ilearn.data.grammar import ReadCaption
+from t2ilearn.data.pixels import bytes_from_pictures
+from t2ilearn.judging.alignment import aligned
+from t2ilearn.judging.reader import load_reader
+from t2ilearn.models.layers import RANGE_TOLERANCE
+from t2ilearn.systems import Caption, Options, Prompt, Request, System, registry, rerank
+from t2ilearn.weights import WeightsError
 
-SYSTEMS = {
-    "vqvae": ("vqvae-book", "prior-book"),
-    "vqvae-tiny": ("vqvae-tiny", "prior-tiny"),
-    "vqgan": ("vqgan-book", "vqgan-prior-book"),
-    "dalle": ("vqgan-book", "dalle-book"),
-    "dalle-dvae": ("dvae-book", "dalle-dvae-book"),
-}
-PRIORS: dict[str, type[Prior]] = {
-    "prior": TransformerPrior,
-    "pixelcnn": PixelCNN,
-    "vqgan-prior": TransformerPrior,
-    "dalle": DALLE,
-    "dalle-dvae": DALLE,
-}
-CODES_OF = {
-    "prior": "vqvae",
-    "pixelcnn": "vqvae",
-    "vqgan-prior": "vqgan",
-    "dalle": "vqgan",
-    "dalle-dvae": "dvae",
-}
-# How `draw` samples unless told otherwise: the caption insisted on, the unlikeliest codes left out.
-GUIDANCE_SCALE, TOP_P = 2.0, 0.9
 METADATA_KEY = "t2ilearn"
-MAX_COUNT = 64
-
-
-class System(NamedTuple):
-    """A VQ-VAE, the prior over its codes, how captions reach it, and an id of all weights.
-
-    `worlds` are those of our own that it learned, whose captions and pictures can be read; there
-    are none where it learned pictures of your own.
-    """
-
-    vqvae: PictureCodes
-    prior: Prior
-    tokenizer: Tokenizer
-    weights_id: str
-    worlds: tuple[str, ...]
-
-
-def _config(kind: type, values: dict) -> Any:
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return kind(**lists)
-
-
-def load_vqvae(name: str | Path) -> PictureCodes:
-    """A VQ-VAE, a VQGAN without its critic, or a dVAE, from shipped weights (or a path), in
-    evaluation mode."""
-    stored = weights.load(name)
-    if "critic" in stored.card:
-        return load_players(name)[0]
-    if stored.card["system"] == "dvae":
-        dvae = DVAE(_config(DVAEConfig, stored.card["config"]))
-        weights.load_into(dvae, stored)
-        return dvae.eval()
-    model = VQVAE(_config(VQVAEConfig, stored.card["config"]))
-    weights.load_into(model, stored)
-    return model.eval()
-
-
-def load_players(name: str | Path) -> tuple[VQGAN, Critic]:
-    """A VQGAN and its critic from shipped weights (or a path), in evaluation mode."""
-    stored = weights.load(name)
-    players = nn.ModuleDict(
-        {
-            "generator": VQGAN(_config(VQVAEConfig, stored.card["config"])),
-            "critic": Critic(_config(CriticConfig, stored.card["critic"])),
-        }
-    )
-    weights.load_into(players, stored)
-    generator, critic = players.eval().values()
-    assert isinstance(generator, VQGAN) and isinstance(critic, Critic)
-    return generator, critic
-
-
-def load_prior(name: str | Path) -> Prior:
-    """A prior of either kind from shipped weights (or a path), in evaluation mode."""
-    stored = weights.load(name)
-    model = PRIORS[stored.card["system"]](_config(PriorConfig, stored.card["config"]))
-    weights.load_into(model, stored)
-    return model.eval()
-
-
-@lru_cache(maxsize=4)
-def load_reader(name: str = "reader") -> Reader:
-    """The training reader ("reader") or a judge ("judge", "emoji-judge"), in evaluation mode."""
-    stored = weights.load(name)
-    model = Reader(_config(ReaderConfig, stored.card["config"]))
-    weights.load_into(model, stored)
-    return model.eval()
-
-
-def load_tokenizer(prior: str | Path) -> Tokenizer:
-    """The tokenizer that a prior learned its captions through, by its card.
-
-    Raises:
-        WeightsError: if its file is not the one that the prior learned from.
-    """
-    stated = weights.load(prior).card.get("tokenizer")
-    if stated is None:
-        return WordTokenizer()
-    path = weights.find(prior).with_name(stated["file"])
-    try:
-        tokenizer = CaptionTokenizer.load(path, stated["length"])
-    except ValueError as error:
-        raise weights.WeightsError(str(error)) from None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != stated["sha256"]:
-        raise weights.WeightsError(f"{path} is not the tokenizer that this prior learned from.")
-    return tokenizer
-
-
-def find_parts(system: str) -> tuple[str | Path, str | Path]:
-    """The weights of a system's VQ-VAE and prior: names that ship, or files of own runs.
-
-    Raises:
-        ValueError: if the system is neither in `SYSTEMS` nor the folder of a prior's run.
-    """
-    if system in SYSTEMS:
-        return SYSTEMS[system]
-    run = Path(system)
-    kind, _, preset = run.name.rpartition("-")
-    if kind not in PRIORS or not preset or not run.is_dir():
-        raise ValueError(
-            f"Unknown system {system!r}; one of {', '.join(SYSTEMS)}, or the folder of a prior "
-            "that you trained, such as runs/prior-tiny."
-        )
-    vqvae = run.with_name(f"{CODES_OF[kind]}-{preset}")
-    return vqvae / f"{vqvae.name}.safetensors", run / f"{run.name}.safetensors"
-
-
-@lru_cache(maxsize=4)
-def load_system(name: str = "vqvae") -> System:
-    """A complete text-to-image system.
-
-    Args:
-        name: one of `SYSTEMS`, or the folder of a prior's run; the run of its VQ-VAE lies beside
-            it.
-
-    Raises:
-        ValueError: if there is no such system.
-        WeightsError: if weights are missing or damaged, or the prior learned other codes.
-    """
-    first, second = find_parts(name)
-    cards = [weights.load(part).card for part in (first, second)]
-    learned = cards[1].get("metrics", {}).get("vqvae")
-    if learned not in (None, cards[0]["sha256"]):
-        raise weights.WeightsError(
-            f"{second} learned the codes of another VQ-VAE ({learned[:8]}) than {first} "
-            f"({cards[0]['sha256'][:8]}): its codes would mean nothing there."
-        )
-    return System(
-        load_vqvae(first),
-        load_prior(second),
-        load_tokenizer(second),
-        "-".join(card["sha256"][:8] for card in cards),
-        tuple(world for world in worlds_in(cards[1]["data"]["world"]) if world in GRAMMARS),
-    )
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that decides a drawing; `start` are codes of a picture to go on from."""
-
-    caption: str
-    system: str = "vqvae"
-    seed: int = 0
-    count: int = 4
-    guidance_scale: float = GUIDANCE_SCALE
-    best_of: int = 1
-    temperature: float = 1.0
-    top_p: float | None = TOP_P
-    top_k: int | None = None
-    scorer: str | None = None
-    start: tuple[int, ...] = ()
-
-    def check(self) -> None:
-        """Raise `CaptionError` or `ValueError` if this cannot be drawn."""
-        find_parts(self.system)
-        worlds = load_system(self.system).worlds
-        if self.caption or not self.start:  # a picture that is begun may go on without a word
-            if worlds:
-                read_caption(self.caption, worlds)
-            elif not self.caption.strip():  # of your own pictures any caption can be asked for
-                raise CaptionError("The caption is empty: say what to draw.")
-        if not 1 <= self.count * self.best_of <= MAX_COUNT or self.count < 1:
-            raise ValueError(
-                f"count × best-of must be 1 … {MAX_COUNT}, not {self.count} × {self.best_of}."
-            )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"The seed must be 0 … 2^63 − 1, not {self.seed}.")
-        if self.scorer not in (None, *SCORERS):
-            raise ValueError(f"A scorer is one of {', '.join(SCORERS)}, not {self.scorer!r}.")
-        if not 0 <= self.guidance_scale <= 20:
-            raise ValueError(f"The guidance scale must be 0 … 20, not {self.guidance_scale}.")
+SCHEMA = 2  # of the metadata
+MAX_CANDIDATES = 64  # pictures that one request may make, those that are not kept included
+ROWS = 8  # in which `complete` counts what stays of a picture
 
 
 @dataclass(frozen=True)
@@ -251,14 +53,19 @@ class Drawing:
         n, _, height, width = self.pictures.shape
         columns = columns or n
         sheet = Image.new("RGB", (columns * width, -(-n // columns) * height))
-        for i, picture in enumerate(_bytes(self.pictures)):
+        for i, picture in enumerate(bytes_from_pictures(self.pictures).movedim(1, -1)):
             at = (i % columns * width, i // columns * height)
             sheet.paste(Image.fromarray(picture.numpy()), at)
         return sheet
 
-    def metadata(self) -> dict:
+    def metadata(self) -> dict[str, Any]:
         """What the file remembers: the request, the weights' id and the package's version."""
-        return {**asdict(self.request), "weights": self.weights_id, "version": __version__}
+        return {
+            **request_to_json(self.request),
+            "weights": self.weights_id,
+            "version": __version__,
+            "schema": SCHEMA,
+        }
 
     def save(self, path: str | Path) -> Path:
         """Write a PNG file whose metadata carry what `redraw` needs. An existing file is only
@@ -266,6 +73,7 @@ class Drawing:
 
         Raises:
             OSError: if the file cannot be written.
+            ValueError: if its name does not end in .png.
         """
         path = Path(path)
         if path.suffix.lower() != ".png":
@@ -303,47 +111,50 @@ class Drawing:
         )
 
 
-def _bytes(pictures: Float[Tensor, "n 3 h w"]) -> Tensor:
-    """(n, h, w, 3) uint8."""
-    return pictures.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-
-
 def draw(
-    caption: str,
+    caption: Caption,
     *,
-    system: str = "vqvae",
+    system: str | Path | None = None,
     seed: int = 0,
     count: int = 4,
-    guidance_scale: float = GUIDANCE_SCALE,
     best_of: int = 1,
-    temperature: float = 1.0,
-    top_p: float | None = TOP_P,
-    top_k: int | None = None,
     scorer: str | None = None,
+    **options: Any,
 ) -> Drawing:
     """Draw pictures for a caption.
 
     Args:
         caption: a sentence of a world that the system learned, e.g. "a small red star above a blue
             ring" or "a dodo, outline, on a sky background"; any caption, if it learned pictures of
-            your own.
-        system: which model draws: one of `SYSTEMS`, or the folder of a prior you trained.
+            your own. Systems that take several prompts with weights take a tuple of `Prompt`s.
+        system: which model draws: one of `t2ilearn systems`, or the folder of a run of yours; by
+            default the best that ships.
         seed: the same seed, system and weights give the same pictures on the same machine.
         count: how many pictures.
-        guidance_scale: 1 follows the caption as learned, more insists, 0 ignores it.
         best_of: draw this many for each picture kept.
-        temperature, top_p, top_k: sharpen or truncate the distribution over codes; temperature 0
-            always takes the likeliest code, so that all pictures are the same.
-        scorer: who chooses the best, one of `SCORERS`. By default the training reader among shapes,
-            and of what it cannot read what the prior finds likeliest.
+        scorer: what chooses the best, one of the system's scorers.
+        options: the system's own, such as guidance_scale; `t2ilearn systems` lists them.
 
     Raises:
         CaptionError: if the caption cannot be read.
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range, or the system has no such option.
         WeightsError: if weights are missing or damaged.
     """
-    how = (guidance_scale, best_of, temperature, top_p, top_k, scorer)
-    return _drawn(Request(caption, system, seed, count, *how))
+    return _finished(make_request(caption, system, seed, count, best_of, scorer, options))
+
+
+def draw_steps(caption: Caption, **how: Any) -> Iterator[Float[Tensor, "n 3 h w"]]:
+    """The pictures as they form, one for each of `count`; arguments and errors as for `draw`.
+
+    All candidates are shown: with best_of 2 there are twice as many.
+    """
+    names = ("system", "seed", "count", "best_of", "scorer")
+    known = {name: how.pop(name) for name in names if name in how}
+    defaults = {"system": None, "seed": 0, "count": 4, "best_of": 1, "scorer": None}
+    request = make_request(caption, **{**defaults, **known}, options=how)
+    system = registry.load(request.system)
+    check_request(request, system)
+    yield from system.steps(request, torch.Generator().manual_seed(request.seed))
 
 
 def complete(
@@ -351,100 +162,50 @@ def complete(
     caption: str | None = None,
     *,
     rows: int = 4,
-    system: str = "dalle",
-    **how: Any,
+    system: str | Path | None = None,
+    seed: int = 0,
+    count: int = 4,
+    best_of: int = 1,
+    scorer: str | None = None,
+    **options: Any,
 ) -> Drawing:
     """Finish a picture of which the upper part is given, so that it shows what the caption says.
 
     Args:
-        picture: at the system's resolution, in [−1, 1]. What is below the rows kept is not looked
-            at.
-        caption: None goes on as the system likes.
-        rows: rows of codes to keep, from above.
-        system: which model draws.
-        how: seed, count, guidance_scale and all else that `draw` takes.
+        picture: at the system's resolution, in [−1, 1]. What is below the rows that stay is
+            ignored.
+        caption: None continues without one.
+        rows: how many eighths of the picture stay, from above.
+        system, seed, count, best_of, scorer, options: see `draw`.
 
     Raises:
         CaptionError, ValueError, WeightsError: as `draw`, and for a picture of another size or
             range, or no row left to draw.
     """
+    loaded = registry.load(system)
     if picture.ndim != 3:
         raise ValueError(f"One picture is of shape (3, H, W), not {tuple(picture.shape)}.")
-    kept = beginning(load_system(system).vqvae, picture[None], rows)[0]
-    return _drawn(Request(caption or "", system, start=tuple(kept.tolist()), **how))
-
-
-@torch.no_grad()
-def _drawn(request: Request) -> Drawing:
-    """The pictures that a request decides."""
-    request.check()
-    system, caption = load_system(request.system), request.caption
-    stated = read_caption(caption, system.worlds) if caption and system.worlds else None
-    name = request.scorer or ("reader" if isinstance(stated, Stated) else "likelihood")
-    if name == "reader" and not isinstance(stated, Stated):
-        raise ValueError("The training reader reads captions of shapes; let likelihood choose.")
-    n = request.count * request.best_of
-    codes = sample(
-        system.prior,
-        _ids(system, [caption] * n),
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        guidance_scale=request.guidance_scale,
-        start=torch.tensor([request.start], dtype=torch.int64).expand(n, -1),
-        generator=torch.Generator().manual_seed(request.seed),
-    )
-    pictures = system.vqvae.decode_tokens(codes).clamp(-1, 1)
-    if request.best_of > 1:
-        candidates = Candidates(pictures, codes, [caption] * n)
-        pictures, _ = keep_best(candidates, request.best_of, SCORERS[name](system))
-    return Drawing(pictures, request, system.weights_id, _read_by_judge(pictures, caption, stated))
-
-
-def by_reader(system: System) -> Scorer:
-    """How surely the training reader finds in a picture what its caption says: shapes only."""
-    return lambda among: score(load_reader("reader"), among.pictures, among.captions)
-
-
-def by_likelihood(system: System) -> Scorer:
-    """How likely the prior finds a picture's codes, given its caption."""
-
-    return lambda among: log_likelihood(system.prior, among.codes, _ids(system, among.captions))
-
-
-def _ids(system: System, captions: list[str]) -> Int[Tensor, "n t"]:
-    """Captions as the system reads them; an empty one says nothing at all."""
-    ids = null_caption(len(captions), system.prior.config.words)
-    said = [number for number, caption in enumerate(captions) if caption]
-    if said:
-        ids[said] = system.tokenizer.encode([captions[number] for number in said])
-    return ids
-
-
-# Who may choose among drawings; the judges may not, for they judge what was chosen.
-SCORERS: dict[str, Callable[[System], Scorer]] = {
-    "reader": by_reader,
-    "likelihood": by_likelihood,
-}
-
-
-def _read_by_judge(
-    pictures: Float[Tensor, "n 3 h w"], caption: str, stated: Stated | StatedEmoji | None
-) -> list[bool]:
-    """Which pictures show what the caption states; nothing where no judge can read them."""
-    if isinstance(stated, Stated):
-        return aligned(load_reader("judge"), pictures, [caption] * len(pictures)).tolist()
-    if isinstance(stated, StatedEmoji):
-        found = aligned_emoji(load_reader("emoji-judge"), pictures, [stated] * len(pictures))
-        return found.tolist()
-    return []
+    side = loaded.resolution
+    if tuple(picture.shape) != (3, side, side) or not picture.is_floating_point():
+        raise ValueError(
+            f"A picture to finish is a float tensor of shape (3, {side}, {side}) with values in "
+            f"[−1, 1]; this is {picture.dtype} of shape {tuple(picture.shape)}."
+        )
+    if not picture.abs().amax() <= 1 + RANGE_TOLERANCE:  # NaN neither
+        low, high = picture.min(), picture.max()
+        raise ValueError(f"Pictures lie in [−1, 1]; these go from {low:.3g} to {high:.3g}.")
+    if not 1 <= rows < ROWS:
+        raise ValueError(f"Keep 1 … {ROWS - 1} rows of {ROWS}, not {rows}.")
+    request = make_request(caption or "", system, seed, count, best_of, scorer, options)
+    return _finished(replace(request, start=bytes_from_pictures(picture[None]), rows=rows))
 
 
 def redraw(path: str | Path) -> Drawing:
     """Draw again what a file made by `Drawing.save` remembers.
 
     Raises:
-        ValueError: if the file carries no metadata of ours, or damaged ones.
+        ValueError: if the file carries no metadata of ours, damaged ones, or those of the first
+            edition.
         WeightsError: if it was drawn with other weights than those installed.
     """
     try:
@@ -458,25 +219,182 @@ def redraw(path: str | Path) -> Drawing:
         raise ValueError(f"{path} was not drawn by t2ilearn: it carries no caption and seed.")
     try:
         stored = json.loads(text)
+        if isinstance(stored, dict) and "schema" not in stored and "caption" in stored:
+            raise ValueError(
+                f"{path} was drawn by the first edition of t2ilearn, whose weights are gone. Draw "
+                f'its caption anew: "{stored["caption"]}".'
+            )
         weights_id = stored.pop("weights")
-        stored.pop("version")
-        stored["start"] = tuple(map(operator.index, stored.get("start", ())))
-        request = replace(Request(stored["caption"]), **stored)
-        _check_kinds(request)
-        request.check()
+        request = request_from_json(stored)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"The metadata of {path} are damaged: {error}.") from None
-    if load_system(request.system).weights_id != weights_id:
-        raise weights.WeightsError(
-            f"{path} was drawn with weights {weights_id}, but "
-            f"{load_system(request.system).weights_id} are installed; the picture would differ."
+    installed = registry.load(request.system).weights_id
+    if installed != weights_id:
+        raise WeightsError(
+            f"{path} was drawn with weights {weights_id}, but {installed} are installed; the "
+            "picture would differ."
         )
-    return _drawn(request)
+    return _finished(request)
 
 
-def _check_kinds(request: Request) -> None:
-    """Raise TypeError for a word where a number belongs: files can hold anything."""
-    for whole in (request.seed, request.count, request.best_of, request.top_k):
-        operator.index(0 if whole is None else whole)
-    for number in (request.guidance_scale, request.temperature, request.top_p):
-        math.isfinite(1 if number is None else number)
+# --- requests ----------------------------------------------------------------------------------
+
+
+def make_request(
+    caption: Caption,
+    system: str | Path | None,
+    seed: int,
+    count: int,
+    best_of: int,
+    scorer: str | None,
+    options: Mapping[str, Any],
+) -> Request:
+    """A request from what a person gives; see `draw`.
+
+    Raises:
+        ValueError: for an unknown system, an option that it does not have, or a number that is
+            none or out of range.
+    """
+    name = registry.best() if system is None else str(system)
+    whole = {"seed": seed, "count": count, "best-of": best_of}
+    numbers = {what: _whole(what, value) for what, value in whole.items()}
+    made = registry.find(name).system.make_options(**options)
+    if not 1 <= numbers["count"] * numbers["best-of"] <= MAX_CANDIDATES or numbers["count"] < 1:
+        raise ValueError(
+            f"count × best-of must be 1 … {MAX_CANDIDATES}, not {count} × {best_of}."
+        )
+    if not 0 <= numbers["seed"] < 2**63:
+        raise ValueError(f"The seed must be 0 … 2^63 − 1, not {seed}.")
+    captions = (caption,) * numbers["count"]
+    return Request(captions, name, numbers["seed"], numbers["best-of"], scorer, made)
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"The {name} must be a whole number, not {value!r}.") from None
+
+
+def check_request(request: Request, system: System) -> ReadCaption | None:
+    """The caption as the system's worlds read it, parsed once; None where they do not.
+
+    Raises:
+        CaptionError: if the caption cannot be read.
+        ValueError: for a scorer that the system does not have, or one that cannot read this.
+    """
+    scorers = system.scorers()
+    if request.scorer not in (None, *scorers):
+        known = ", ".join(scorers) or "none at all"
+        raise ValueError(f"A scorer of {request.system} is {known}, not {request.scorer!r}.")
+    _check_text(request.caption)
+    read = system.read(request.caption) if request.caption or request.start is None else None
+    if request.scorer == "reader" and not (read and read.world.reader):
+        raise ValueError(
+            "The training reader reads captions of shapes; let likelihood choose here."
+        )
+    return read
+
+
+def _check_text(caption: str) -> None:
+    """Raise CaptionError for text that no file could hold, such as half of a Unicode pair."""
+    try:
+        caption.encode("utf-8")
+    except UnicodeEncodeError:
+        raise CaptionError(
+            f"The caption {caption!r} holds a character that is not valid Unicode."
+        ) from None
+
+
+def request_to_json(request: Request) -> dict[str, Any]:
+    """A request as JSON values."""
+    start = None
+    if request.start is not None:
+        buffer = io.BytesIO()
+        rows = request.start.movedim(1, -1).flatten(0, 1)  # (n · H, W, 3)
+        Image.fromarray(rows.contiguous().numpy()).save(buffer, format="PNG")
+        start = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {
+        "captions": [c if isinstance(c, str) else [list(p) for p in c] for c in request.captions],
+        "system": request.system,
+        "seed": request.seed,
+        "best_of": request.best_of,
+        "scorer": request.scorer,
+        "options": asdict(request.options),
+        "start": start,
+        "rows": request.rows,
+    }
+
+
+def request_from_json(stored: Mapping[str, Any]) -> Request:
+    """What `request_to_json` wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError: if it is damaged.
+    """
+    captions = tuple(
+        c if isinstance(c, str) else tuple(Prompt(str(t), float(w)) for t, w in c)
+        for c in stored["captions"]
+    )
+    if not captions:
+        raise KeyError("captions")
+    scorer = stored["scorer"]
+    if not isinstance(stored["system"], str) or not isinstance(scorer, str | None):
+        raise TypeError("system and scorer are words")
+    request = make_request(
+        captions[0],
+        stored["system"],
+        stored["seed"],
+        len(captions),
+        stored["best_of"],
+        scorer,
+        stored["options"],
+    )
+    start = None if stored["start"] is None else _start_from_text(stored["start"])
+    rows = operator.index(stored["rows"])
+    return replace(request, captions=captions, start=start, rows=rows)
+
+
+def _start_from_text(text: str) -> UInt8[Tensor, "n 3 h w"]:
+    """Start pictures from their PNG file in base64: squares, one below the other."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True))) as image:
+            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError) as error:
+        raise TypeError(f"the start picture is damaged: {error}") from None
+    return pixels.view(height // width, width, width, 3).movedim(-1, 1).contiguous()
+
+
+# --- drawing -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _finished(request: Request) -> Drawing:
+    """The pictures that a request decides."""
+    system = registry.load(request.system)
+    read = check_request(request, system)
+    generator = torch.Generator().manual_seed(request.seed)
+    candidates = system.candidates(request, generator)
+    pictures = candidates.pictures
+    if request.best_of > 1:
+        name = request.scorer or system.default_scorer(read)
+        if name not in system.scorers():
+            raise ValueError(f"{request.system} has nothing that could choose the best of many.")
+        pictures, _ = rerank(candidates, request.best_of, system.scorers()[name](system))
+    return Drawing(pictures, request, system.weights_id, _judged(pictures, read))
+
+
+def _judged(pictures: Float[Tensor, "n 3 h w"], read: ReadCaption | None) -> list[bool]:
+    """Which pictures show what the caption states; nothing where no judge can read them."""
+    if read is None or read.world.judge is None:
+        return []
+    judge = load_reader(read.world.judge)
+    return aligned(judge, pictures, [read] * len(pictures), read.world).tolist()
+
+
+def options_of(name: str) -> Options:
+    """A system's options with their defaults."""
+    return registry.find(name).system.Options()

@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from t2ilearn.metrics import codebook_usage, perplexity
+from t2ilearn.judging.metrics import codebook_usage, perplexity
 
 if TYPE_CHECKING:
     from IPython.display import Markdown

@@ -16,11 +16,12 @@ from typing import Any
 import ipywidgets as widgets
 import torch
 
-from t2ilearn.data import CaptionedPictures, Emoji, Shapes, TinyShapes
-from t2ilearn.drawing import SYSTEMS, Drawing, draw, load_system
+from t2ilearn.data import CaptionedPictures
+from t2ilearn.data.grammar import WORLDS
+from t2ilearn.drawing import Drawing, draw
+from t2ilearn.systems import registry
 
 CAPTION = "a small red star above a large striped blue ring"
-WORLDS: dict[str, type[CaptionedPictures]] = {w.name: w for w in (Shapes, TinyShapes, Emoji)}
 REMEMBERED = 6  # drawings in the history
 
 
@@ -37,7 +38,9 @@ class Studio(widgets.VBox):
         self.caption = widgets.Text(
             value=CAPTION, description="Caption", layout=widgets.Layout(width="95%"), style=wide
         )
-        self.system = widgets.Dropdown(options=list(SYSTEMS), description="System", style=wide)
+        self.system = widgets.Dropdown(
+            options=registry.names(), value=registry.best(), description="System", style=wide
+        )
         self.seed = widgets.BoundedIntText(
             value=0, min=0, max=2**31 - 1, description="Seed", style=wide
         )
@@ -90,9 +93,9 @@ class Studio(widgets.VBox):
 
     def _surprise(self) -> None:
         """A random caption of a world that the system learned."""
-        names = load_system(self.system.value).worlds
+        names = registry.load(self.system.value).worlds
         name = names[int(torch.randint(len(names), (1,), generator=self._dice))]
-        world = self._worlds.setdefault(name, WORLDS[name]())
+        world = self._worlds.setdefault(name, WORLDS[name]())  # type: ignore[call-arg]
         scene = world.scenes(1, generator=self._dice)
         (self.caption.value,) = world.mixed_captions(scene, self._dice)
         self._say("A caption for you. Press Draw.")

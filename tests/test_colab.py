@@ -84,8 +84,8 @@ from t2ilearn.prior import PriorConfig
 from t2ilearn.widgets.stream import record_drawing
 
 words = WordTokenizer()
-sizes = PriorConfig(codes=16, side=4, width=16, depth=1, heads=1, vocabulary=words.vocabulary)
-decoder = DVAE(DVAEConfig(resolution=16, channels=(16, 16), blocks=1, codes=16, code_dim=8))
+sizes = PriorConfig(codebook_size=16, side=4, dim=16, num_layers=1, num_heads=1, vocabulary=words.vocabulary)
+decoder = DVAE(DVAEConfig(resolution=16, channels=(16, 16), blocks=1, codebook_size=16, code_dim=8))
 system = System(decoder.eval(), DALLE(sizes).eval(), words, "", ())
 written = record_drawing(system, "a red star", torch.zeros(16, dtype=torch.int64))
 asked = widgets.Question("Two?", {"yes": "It is.", "no": "Count again."}, "A")

@@ -91,7 +91,7 @@ def quantized_by_both(ours, theirs, generator):
     weight = torch.randn(z.shape, generator=generator, dtype=torch.float64)
     z1, z2 = z.clone().requires_grad_(), z.clone().requires_grad_()
     output = ours(z1)
-    loss = output.codebook + 0.25 * output.commitment
+    loss = output.codebook_loss + 0.25 * output.commitment_loss
     z_q, their_loss, (_, _, indices) = theirs(z2)
     (loss + (weight * output.z_q).sum()).backward()
     (their_loss + (weight * z_q).sum()).backward()
@@ -103,7 +103,7 @@ def test_the_gradient_quantizer_is_diffusers(vq_pair, generator):
     output, loss, grad, z_q, their_loss, indices, their_grad = quantized_by_both(
         ours, theirs, generator
     )
-    assert torch.equal(output.codes, indices) and indices.unique().numel() > 5
+    assert torch.equal(output.indices, indices) and indices.unique().numel() > 5
     agree("VectorQuantizer, z_q", output.z_q, z_q)
     agree("VectorQuantizer, loss", loss, their_loss)
     agree("VectorQuantizer, gradient to z", grad, their_grad)
@@ -144,13 +144,13 @@ def test_the_ema_quantizer_is_vector_quantize_pytorch_s(cosine, generator):
         z1, z2 = z.clone().requires_grad_(), z.clone().requires_grad_()
         output = ours(z1)
         z_q, indices, loss = theirs(z2)
-        (0.25 * output.commitment + output.z_q.square().sum()).backward()
+        (0.25 * output.commitment_loss + output.z_q.square().sum()).backward()
         (loss.sum() + z_q.square().sum()).backward()
-        assert torch.equal(output.codes, indices)
+        assert torch.equal(output.indices, indices)
         agree(f"{name}, z_q", output.z_q, z_q, 1e-6)
-        agree(f"{name}, β · commitment", 0.25 * output.commitment, loss.view(()), 1e-6)
+        agree(f"{name}, β · commitment", 0.25 * output.commitment_loss, loss.view(()), 1e-6)
         agree(f"{name}, gradient to z", z1.grad, z2.grad, 1e-5)
-        agree(f"{name}, codebook after a step", ours.rows(), book.embed[0], 1e-6)
+        agree(f"{name}, codebook after a step", ours.embeddings(), book.embed[0], 1e-6)
         agree(f"{name}, counts after a step", ours.counts, book.cluster_size[0], 1e-6)
         agree(f"{name}, sums after a step", ours.sums, book.embed_avg[0], 1e-6)
 
@@ -166,10 +166,10 @@ def test_fsq_is_vector_quantize_pytorch_s(levels, dims, generator):
     weight = torch.randn(z.shape, generator=generator)
     (weight * output.z_q).sum().backward()
     (weight * z_q).sum().backward()
-    assert torch.equal(output.codes, indices.long())
+    assert torch.equal(output.indices, indices.long())
     agree("FSQ, z_q", output.z_q, z_q, 1e-6)
     agree("FSQ, gradient to z", z1.grad, z2.grad, 1e-5)
-    agree("FSQ, grid", ours.rows(), theirs.implicit_codebook, 1e-6)
+    agree("FSQ, grid", ours.embeddings(), theirs.implicit_codebook, 1e-6)
 
 
 # ---------------------------------------------------------------- bricks and the VAE
@@ -194,7 +194,7 @@ def test_the_vae_s_divergence_and_draw_are_diffusers(generator):
     x = torch.rand(2, 3, 16, 16, generator=generator, dtype=torch.float64)
     output = model(x, torch.Generator().manual_seed(5))
     theirs = peer.DiagonalGaussianDistribution(torch.cat([output.mean, output.log_variance], 1))
-    divergence = vae_loss(x, output).divergence * x[0].numel()
+    divergence = vae_loss(x, output).kl * x[0].numel()
     agree("VAE, KL divergence", divergence / 100, theirs.kl().mean() / 100)
     z = theirs.sample(torch.Generator().manual_seed(5))
     agree("VAE, decoded draw", output.reconstruction, model.decoder(z))
@@ -248,7 +248,7 @@ N = SIDE**2
 
 def pairs_of_parameters(ours, theirs):
     """(name, our parameter, theirs, whether one is the other's transpose)."""
-    yield "codes", ours.code_embedding.weight, theirs.transformer.wte.weight, False
+    yield "codes", ours.image_embedding.weight, theirs.transformer.wte.weight, False
     for part in ("weight", "bias"):
         yield "norm", getattr(ours.norm, part), getattr(theirs.transformer.ln_f, part), False
     for i, (block, layer) in enumerate(zip(ours.blocks, theirs.transformer.h, strict=True)):
@@ -285,35 +285,35 @@ def gpt2_pair():
     return ours, theirs
 
 
-def embedded(ours, theirs, codes):
+def embedded(ours, theirs, indices):
     """GPT-2 has no start token: it gets ours as an embedding."""
     return torch.cat(
-        [ours.start.detach().expand(len(codes), -1, -1), theirs.transformer.wte(codes)], dim=1
+        [ours.start.detach().expand(len(indices), -1, -1), theirs.transformer.wte(indices)], dim=1
     )
 
 
 def test_the_transformer_prior_is_gpt_2(gpt2_pair, generator):
     ours, theirs = copy.deepcopy(gpt2_pair)
-    codes = torch.randint(CODES, (3, N), generator=generator)
-    logits = theirs(inputs_embeds=embedded(ours, theirs, codes)[:, :N]).logits
-    agree("TransformerPrior, logits", ours(codes), logits)
-    single = ours.float()(codes), theirs.float()(inputs_embeds=embedded(ours, theirs, codes)).logits
+    indices = torch.randint(CODES, (3, N), generator=generator)
+    logits = theirs(inputs_embeds=embedded(ours, theirs, indices)[:, :N]).logits
+    agree("TransformerPrior, logits", ours(indices), logits)
+    single = ours.float()(indices), theirs.float()(inputs_embeds=embedded(ours, theirs, indices)).logits
     agree("TransformerPrior, logits in float32", single[0], single[1][:, :N], 1e-5)
 
 
 def test_the_prior_s_loss_and_gradients_are_gpt_2_s(gpt2_pair, generator):
     ours, theirs = copy.deepcopy(gpt2_pair)
-    codes = torch.randint(CODES, (3, N), generator=generator)
+    indices = torch.randint(CODES, (3, N), generator=generator)
     # GPT-2 shifts by itself: the logits at the start token are held against the first code.
-    labels = F.pad(codes, (1, 0), value=-100)
-    their_loss = theirs(inputs_embeds=embedded(ours, theirs, codes), labels=labels).loss
-    loss = prior_loss(ours(codes), codes).total
+    labels = F.pad(indices, (1, 0), value=-100)
+    their_loss = theirs(inputs_embeds=embedded(ours, theirs, indices), labels=labels).loss
+    loss = prior_loss(ours(indices), indices).total
     agree("TransformerPrior, cross-entropy", loss, their_loss, 1e-6)
     # Both take the loss in float32; the gradients are compared from one in float64.
-    F.cross_entropy(ours(codes).flatten(0, 1), codes.flatten()).backward()
-    logits = theirs(inputs_embeds=embedded(ours, theirs, codes)[:, :N]).logits
+    F.cross_entropy(ours(indices).flatten(0, 1), indices.flatten()).backward()
+    logits = theirs(inputs_embeds=embedded(ours, theirs, indices)[:, :N]).logits
     theirs.zero_grad()
-    F.cross_entropy(logits.flatten(0, 1), codes.flatten()).backward()
+    F.cross_entropy(logits.flatten(0, 1), indices.flatten()).backward()
     for name, a, b, transposed in pairs_of_parameters(ours, theirs):
         assert a.grad.any(), name
         agree("TransformerPrior, gradients", a.grad, b.grad.T if transposed else b.grad)
@@ -323,22 +323,22 @@ def test_the_prior_s_loss_and_gradients_are_gpt_2_s(gpt2_pair, generator):
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_greedy_drawing_is_gpt_2_s(gpt2_pair, use_cache, generator):
     ours, theirs = gpt2_pair
-    codes = torch.zeros(1, 0, dtype=torch.int64)
+    indices = torch.zeros(1, 0, dtype=torch.int64)
     for _ in range(N):
-        logits = theirs(inputs_embeds=embedded(ours, theirs, codes)).logits[:, -1]
-        codes = torch.cat([codes, logits.argmax(1, keepdim=True)], dim=1)
+        logits = theirs(inputs_embeds=embedded(ours, theirs, indices)).logits[:, -1]
+        indices = torch.cat([indices, logits.argmax(1, keepdim=True)], dim=1)
     how = {"temperature": 0.0, "use_cache": use_cache}
-    assert torch.equal(sample(ours, generator=generator, **how), codes)
+    assert torch.equal(sample(ours, generator=generator, **how), indices)
 
 
 def test_cached_drawing_meets_gpt_2_s_logits_at_every_step(gpt2_pair, generator):
     ours, theirs = gpt2_pair
-    codes = torch.randint(CODES, (2, N), generator=generator)
-    logits = theirs(inputs_embeds=embedded(ours, theirs, codes)).logits
+    indices = torch.randint(CODES, (2, N), generator=generator)
+    logits = theirs(inputs_embeds=embedded(ours, theirs, indices)).logits
     caches = ours.new_caches(2)
     with torch.no_grad():
         for i in range(N):
-            step = ours.next_logits(codes[:, :i], None, caches)
+            step = ours.next_logits(indices[:, :i], None, caches)
             agree("TransformerPrior, cached logits", step, logits[:, i])
 
 
@@ -358,7 +358,7 @@ def test_temperature_top_k_and_top_p_are_transformers(monkeypatch, generator):
         (1.3, 7, 0.8),
         (1, 20, 0.3),
     ):
-        choose(logits, float(temperature), top_k, top_p)
+        sample_from_logits(logits, float(temperature), top_k, top_p)
         scores = peer.TemperatureLogitsWarper(float(temperature))(None, logits)
         if top_k:
             scores = peer.TopKLogitsWarper(top_k)(None, scores)
@@ -373,14 +373,14 @@ def test_guidance_is_transformers(monkeypatch, use_cache, generator):
     peer = pytest.importorskip("transformers").generation.logits_process
     model = randomised(TransformerPrior(PriorConfig(CODES, SIDE, WIDTH, DEPTH, 3, 8, 4)))
     caption = torch.randint(3, 8, (2, 4), generator=generator)
-    codes = torch.randint(CODES, (2, N), generator=generator)
+    indices = torch.randint(CODES, (2, N), generator=generator)
     seen = []
-    monkeypatch.setattr(prior, "choose", lambda x, *_: seen.append(x) or codes[:, len(seen) - 1])
+    monkeypatch.setattr(sampling, "sample_from_logits", lambda x, *_: seen.append(x) or indices[:, len(seen) - 1])
     list(sample_steps(model, caption, guidance_scale=3.0, use_cache=use_cache))
-    both = torch.cat([model(codes, caption), model(codes, null_caption(2, 4))])
+    both = torch.cat([model(indices, caption), model(indices, null_caption(2, 4))])
     guide = peer.ClassifierFreeGuidanceLogitsProcessor(3.0)
     for i in range(N):
-        agree("guidance on logits", seen[i], guide(codes, both[:, i]))
+        agree("guidance on logits", seen[i], guide(indices, both[:, i]))
 
 
 # ---------------------------------------------------------------- metrics
@@ -461,6 +461,6 @@ def test_precision_and_recall_are_the_brute_force(k):
 
 def test_perplexity_is_scipy_s_entropy(generator):
     stats = pytest.importorskip("scipy.stats")
-    codes = torch.randint(40, (300,), generator=generator) ** 2 // 40
-    theirs = np.exp(stats.entropy(np.bincount(codes.numpy())))
-    agree("perplexity, scipy", perplexity(codes, 64), theirs, 1e-9)
+    indices = torch.randint(40, (300,), generator=generator) ** 2 // 40
+    theirs = np.exp(stats.entropy(np.bincount(indices.numpy())))
+    agree("perplexity, scipy", perplexity(indices, 64), theirs, 1e-9)

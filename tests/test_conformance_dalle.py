@@ -24,7 +24,7 @@ from t2ilearn.dalle import (
     dvae_loss,
     gumbel_noise,
     logit_laplace,
-    relaxed_draw,
+    gumbel_softmax,
     squeeze,
 )
 from t2ilearn.prior import PriorConfig, sample, sample_steps
@@ -50,7 +50,7 @@ def test_the_relaxed_draw_is_torch_s_gumbel_softmax(temperature, generator):
     g = -torch.empty(2, 7, 3, 3, dtype=torch.float64).exponential_().log()  # as they draw it
     torch.manual_seed(3)
     peer = F.gumbel_softmax(theirs, temperature, dim=1)
-    mine = relaxed_draw(ours, g, temperature)
+    mine = gumbel_softmax(ours, g, temperature)
     agree("relaxed draw, gumbel_softmax", mine, peer)
     (weight * mine).sum().backward()
     (weight * peer).sum().backward()
@@ -70,13 +70,13 @@ def test_the_relaxed_draw_is_the_concrete_distribution_s(monkeypatch, temperatur
     ).rsample()
     monkeypatch.setattr(torch, "rand", lambda *_, **__: u)
     g = gumbel_noise((2, 3, 7), generator, torch.float64)
-    mine = relaxed_draw(logits.movedim(-1, 1), g.movedim(-1, 1), temperature).movedim(1, -1)
+    mine = gumbel_softmax(logits.movedim(-1, 1), g.movedim(-1, 1), temperature).movedim(1, -1)
     agree("relaxed draw, RelaxedOneHotCategorical", mine, peer)
 
 
 def test_the_likelihood_is_a_laplace_through_the_sigmoid(generator):
     mean, log_scale, where, weight = doubles(generator, 4, 3, 4, 4).unbind()
-    x = squeeze(where.tanh())
+    x = map_pixels(where.tanh())
     inputs = [[t.clone().requires_grad_() for t in (x, mean, log_scale)] for _ in range(2)]
     mine = logit_laplace(*inputs[0])
     theirs, mu, ln_b = inputs[1]
@@ -96,7 +96,7 @@ def test_the_divergence_is_torch_s_kl_to_uniform(generator):
     ours = doubles(generator, 2, 6, 4, 4).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     x = torch.zeros(2, 3, 16, 16, dtype=torch.float64)
-    mine = dvae_loss(x, DVAEOutput(ours, x, x)).divergence
+    mine = dvae_loss(x, DVAEOutput(ours, x, x)).kl
     q = distributions.Categorical(logits=theirs.movedim(1, -1))
     uniform = distributions.Categorical(logits=torch.zeros_like(theirs.movedim(1, -1)))
     # For each picture the sum over its codes, over the numbers that a picture has: the paper's
@@ -110,7 +110,7 @@ def test_the_divergence_is_torch_s_kl_to_uniform(generator):
 
 
 def test_the_whole_bound_is_torch_s_distributions_with_every_gradient(generator):
-    sizes = {"resolution": 16, "channels": (16, 32), "blocks": 1, "codes": 6, "code_dim": 5}
+    sizes = {"resolution": 16, "channels": (16, 32), "blocks": 1, "codebook_size": 6, "code_dim": 5}
     ours = randomised(DVAE(DVAEConfig(**sizes)))
     theirs = copy.deepcopy(ours)
     x = (2 * torch.rand(2, 3, 16, 16, generator=generator) - 1).double()
@@ -172,15 +172,15 @@ def gpt2_pair():
             torch.cat([nowhere, ours.word_position, nowhere, places])
         )
         for name, a, b, transposed in pairs_of_parameters(ours, theirs):
-            if name != "codes":
+            if name != "codebook_size":
                 b.copy_(a.T if transposed else a)
-        rows[:VOCABULARY] = ours.word_embedding.weight
-        rows[VOCABULARY:] = ours.code_embedding.weight
+        rows[:VOCABULARY] = ours.text_embedding.weight
+        rows[VOCABULARY:] = ours.image_embedding.weight
     return ours, theirs
 
 
 @pytest.fixture
-def codes(generator):
+def indices(generator):
     return torch.randint(CODES, (3, N), generator=generator)
 
 
@@ -195,12 +195,12 @@ def extras(ours):
     return [part.detach().clone().requires_grad_() for part in parts]
 
 
-def embedded(theirs, starts, padding, codes, caption):
+def embedded(theirs, starts, padding, indices, caption):
     """The stream as GPT-2 reads it, without its positions: (B, 2 + T + codes, D)."""
     look_up = theirs.transformer.wte
-    first, second = starts.expand(-1, len(codes), -1, -1)
+    first, second = starts.expand(-1, len(indices), -1, -1)
     words = torch.where((caption != PAD)[..., None], look_up(caption), padding)
-    return torch.cat([first, words, second, look_up(codes + VOCABULARY)], dim=1)
+    return torch.cat([first, words, second, look_up(indices + VOCABULARY)], dim=1)
 
 
 def logits_of(theirs, stream):
@@ -209,28 +209,28 @@ def logits_of(theirs, stream):
     return logits[:, :WORDS, :VOCABULARY], logits[:, WORDS + 1 :, VOCABULARY:]
 
 
-def test_the_transformer_is_gpt_2_over_words_and_codes(gpt2_pair, codes, caption):
+def test_the_transformer_is_gpt_2_over_words_and_codes(gpt2_pair, indices, caption):
     ours, theirs = copy.deepcopy(gpt2_pair)
-    stream = embedded(theirs, *extras(ours), codes[:, :-1], caption)
+    stream = embedded(theirs, *extras(ours), indices[:, :-1], caption)
     words, picture = logits_of(theirs, stream)
-    mine = ours(codes, caption)
+    mine = ours(indices, caption)
     agree("DALLE, logits of words", mine.words, words)
     agree("DALLE, logits of codes", mine.picture, picture)
     assert words.abs().max() > 0.1 and picture.abs().max() > 0.1
     words, picture = logits_of(theirs.float(), stream.float())
-    mine = ours.float()(codes, caption)
+    mine = ours.float()(indices, caption)
     agree("DALLE, logits in float32", mine.words, words, 1e-5)
     agree("DALLE, logits in float32", mine.picture, picture, 1e-5)
 
 
-def test_the_loss_in_two_parts_and_its_gradients_are_gpt_2_s(gpt2_pair, codes, caption):
+def test_the_loss_in_two_parts_and_its_gradients_are_gpt_2_s(gpt2_pair, indices, caption):
     ours, theirs = copy.deepcopy(gpt2_pair)
-    mine = dalle_loss(ours(codes, caption), caption, codes)
+    mine = dalle_loss(ours(indices, caption), caption, indices)
     starts, padding = extras(ours)
-    words, picture = logits_of(theirs, embedded(theirs, starts, padding, codes[:, :-1], caption))
+    words, picture = logits_of(theirs, embedded(theirs, starts, padding, indices[:, :-1], caption))
     labels = caption.masked_fill(caption == PAD, -100)
     of_words = F.cross_entropy(words.flatten(0, 1), labels.flatten())
-    of_codes = F.cross_entropy(picture.flatten(0, 1), codes.flatten())
+    of_codes = F.cross_entropy(picture.flatten(0, 1), indices.flatten())
     loss = of_words / 8 + 7 * of_codes / 8
     agree("DALLE, cross-entropy of words", mine.words, of_words)
     agree("DALLE, cross-entropy of codes", mine.picture, of_codes)
@@ -239,10 +239,10 @@ def test_the_loss_in_two_parts_and_its_gradients_are_gpt_2_s(gpt2_pair, codes, c
     loss.backward()
     row = "DALLE, gradients"
     for name, a, b, transposed in pairs_of_parameters(ours, theirs):
-        if name != "codes":
+        if name != "codebook_size":
             assert a.grad.any(), name
             agree(row, a.grad, b.grad.T if transposed else b.grad)
-    both = torch.cat([ours.word_embedding.weight.grad, ours.code_embedding.weight.grad])
+    both = torch.cat([ours.text_embedding.weight.grad, ours.image_embedding.weight.grad])
     agree(row, both, theirs.transformer.wte.weight.grad)
     agree(row, ours.starts.grad, starts.grad)
     agree(row, ours.padding.grad, padding.grad)
@@ -257,40 +257,40 @@ def test_the_loss_in_two_parts_and_its_gradients_are_gpt_2_s(gpt2_pair, codes, c
 def test_greedy_drawing_is_gpt_2_s_with_its_own_cache(gpt2_pair, use_cache, caption, generator):
     ours, theirs = gpt2_pair
     starts, padding = extras(ours)
-    codes, past = torch.zeros(3, 0, dtype=torch.int64), None
+    indices, past = torch.zeros(3, 0, dtype=torch.int64), None
     with torch.no_grad():
-        stream = embedded(theirs, starts, padding, codes, caption)
+        stream = embedded(theirs, starts, padding, indices, caption)
         for _ in range(N):
             output = theirs(inputs_embeds=stream, past_key_values=past, use_cache=True)
             past = output.past_key_values
             new = output.logits[:, -1, VOCABULARY:].argmax(1, keepdim=True)
-            codes, stream = torch.cat([codes, new], 1), theirs.transformer.wte(new + VOCABULARY)
+            indices, stream = torch.cat([indices, new], 1), theirs.transformer.wte(new + VOCABULARY)
     how = {"temperature": 0.0, "use_cache": use_cache}
-    assert torch.equal(sample(ours, caption, generator=generator, **how), codes)
-    assert codes.unique().numel() > 2
+    assert torch.equal(sample(ours, caption, generator=generator, **how), indices)
+    assert indices.unique().numel() > 2
 
 
-def test_cached_drawing_meets_gpt_2_s_logits_at_every_step(gpt2_pair, codes, caption):
+def test_cached_drawing_meets_gpt_2_s_logits_at_every_step(gpt2_pair, indices, caption):
     ours, theirs = gpt2_pair
-    _, picture = logits_of(theirs, embedded(theirs, *extras(ours), codes[:, :-1], caption))
+    _, picture = logits_of(theirs, embedded(theirs, *extras(ours), indices[:, :-1], caption))
     caches = ours.new_caches(3)
     with torch.no_grad():
         for i in range(N):
-            step = ours.next_logits(codes[:, :i], caption, caches)
+            step = ours.next_logits(indices[:, :i], caption, caches)
             agree("DALLE, cached logits", step, picture[:, i])
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_guidance_is_min_dalle_s(monkeypatch, gpt2_pair, use_cache, scale, codes, caption):
+def test_guidance_is_min_dalle_s(monkeypatch, gpt2_pair, use_cache, scale, indices, caption):
     """uncond · (1 − s) + cond · s, of GPT-2's logits under both captions."""
     ours, theirs = gpt2_pair
     seen = []
-    monkeypatch.setattr(prior, "choose", lambda x, *_: seen.append(x) or codes[:, len(seen) - 1])
+    monkeypatch.setattr(sampling, "sample_from_logits", lambda x, *_: seen.append(x) or indices[:, len(seen) - 1])
     list(sample_steps(ours, caption, guidance_scale=scale, use_cache=use_cache))
     starts, padding = extras(ours)
     cond, uncond = (
-        logits_of(theirs, embedded(theirs, starts, padding, codes[:, :-1], words))[1]
+        logits_of(theirs, embedded(theirs, starts, padding, indices[:, :-1], words))[1]
         for words in (caption, null_caption(3, WORDS))
     )
     assert (cond - uncond).abs().max() > 0.01

@@ -17,8 +17,8 @@ from t2ilearn.vqgan import VQGAN
 from t2ilearn.weights import load_taming, taming_key
 
 # Not 32 channels: in groups of one the biases before a norm would have no gradient.
-SMALL = TamingConfig(32, 64, (1, 2, 2), 2, attention_at=(16,), codes=11, code_dim=5)
-SMALL_GUMBEL = TamingConfig(16, 64, (1, 2), 1, (16, 8), codes=9, code_dim=4, quantizer="gumbel")
+SMALL = TamingConfig(32, 64, (1, 2, 2), 2, attention_at=(16,), codebook_size=11, code_dim=5)
+SMALL_GUMBEL = TamingConfig(16, 64, (1, 2), 1, (16, 8), codebook_size=9, code_dim=4, quantizer="gumbel")
 
 
 def peer(config: TamingConfig) -> nn.Module:
@@ -44,10 +44,10 @@ def peer(config: TamingConfig) -> nn.Module:
     theirs.quant_conv = nn.Conv2d(config.code_dim, config.code_dim, 1)
     theirs.post_quant_conv = nn.Conv2d(config.code_dim, config.code_dim, 1)
     if config.quantizer == "gumbel":
-        theirs.quantize = quantize.GumbelQuantize(config.code_dim, config.code_dim, config.codes)
+        theirs.quantize = quantize.GumbelQuantize(config.code_dim, config.code_dim, config.codebook_size)
     else:  # legacy would put β on the wrong term
         theirs.quantize = quantize.VectorQuantizer2(
-            config.codes, config.code_dim, beta=0.25, legacy=False, sane_index_shape=True
+            config.codebook_size, config.code_dim, beta=0.25, legacy=False, sane_index_shape=True
         )
     return theirs
 
@@ -99,15 +99,15 @@ def test_a_small_vqgan_is_taming_s_from_picture_to_gradient(generator):
     x = pictures(generator, 32, 2, torch.float64)
     z = encode(theirs, x)
     agree_relatively("VQGAN small, z", ours.encode(x), z, 1e-9)
-    z_q, their_loss, (_, _, codes) = theirs.quantize(z)
-    assert torch.equal(ours.tokens(x), codes.flatten(1)) and codes.unique().numel() > 5
+    z_q, their_loss, (_, _, indices) = theirs.quantize(z)
+    assert torch.equal(ours.tokens(x), indices.flatten(1)) and indices.unique().numel() > 5
     decoded = decode(theirs, z_q)
     output = ours(x)
     agree_relatively("VQGAN small, reconstruction", output.reconstruction, decoded, 1e-9)
     agree_relatively(
         "VQGAN small, decoded tokens", ours.decode_tokens(ours.tokens(x)), decoded, 1e-9
     )
-    loss = output.quantized.codebook + 0.25 * output.quantized.commitment
+    loss = output.quantized.codebook_loss + 0.25 * output.quantized.commitment_loss
     agree_relatively("VQGAN small, quantizer's loss", loss, their_loss, 1e-9)
     weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     ((weight * output.reconstruction).mean() + loss).backward()
@@ -122,14 +122,14 @@ def test_a_small_gumbel_vqgan_is_taming_s_with_the_same_noise(generator):
     torch.manual_seed(3)
     output = ours(x)
     torch.manual_seed(3)
-    z_q, their_loss, (_, _, codes) = theirs.quantize(encode(theirs, x))
+    z_q, their_loss, (_, _, indices) = theirs.quantize(encode(theirs, x))
     decoded = decode(theirs, z_q)
-    assert torch.equal(output.quantized.codes, codes) and codes.unique().numel() > 5
+    assert torch.equal(output.quantized.indices, indices) and indices.unique().numel() > 5
     agree_relatively("VQGAN Gumbel, reconstruction", output.reconstruction, decoded, 1e-9)
     # Theirs keeps the logarithm finite by adding 1e-10.
-    agree_relatively("VQGAN Gumbel, KL term", output.quantized.codebook, their_loss, 1e-8)
+    agree_relatively("VQGAN Gumbel, KL term", output.quantized.codebook_loss, their_loss, 1e-8)
     weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    ((weight * output.reconstruction).mean() + output.quantized.codebook).backward()
+    ((weight * output.reconstruction).mean() + output.quantized.codebook_loss).backward()
     ((weight * decoded).mean() + their_loss).backward()
     agree_in_gradients("VQGAN Gumbel, gradients", ours, theirs, 1e-9)
 
@@ -185,13 +185,13 @@ def test_the_full_f16_encodes_and_decodes_a_picture_as_taming_s(full_pair, gener
         agree_relatively("VQGAN f16-16384, z in float32", ours.encode(x), z, 1e-4)
         # From shared encodings, in float64: at K = 16384 rounding alone would move a code or two.
         quantize, z = copy.deepcopy(theirs.quantize).double(), z.double()
-        z_q, _, (_, _, codes) = quantize(z)
-        assert torch.equal(copy.deepcopy(ours.quantizer).double().nearest(z), codes)
-        assert codes.unique().numel() > 50
+        z_q, _, (_, _, indices) = quantize(z)
+        assert torch.equal(copy.deepcopy(ours.quantizer).double().nearest(z), indices)
+        assert indices.unique().numel() > 50
         decoded = decode(
-            theirs, theirs.quantize.get_codebook_entry(codes.flatten(), (1, 16, 16, -1))
+            theirs, theirs.quantize.get_codebook_entry(indices.flatten(), (1, 16, 16, -1))
         )
-        mine = ours.decode_tokens(codes.flatten(1))
+        mine = ours.decode_tokens(indices.flatten(1))
     agree_relatively("VQGAN f16-16384, picture in float32", mine, decoded, 1e-4)
 
 
@@ -207,14 +207,14 @@ def test_the_full_f16_has_taming_s_gradients(full_pair, dtype, size, tolerance, 
     if dtype == torch.float64:
         mine = ours.encode(x)
         agree_relatively("VQGAN f16-16384, z in float64", mine, z, tolerance)
-        _, _, (_, _, codes) = theirs.quantize(z)
-        assert torch.equal(ours.quantizer.nearest(mine), codes)
+        _, _, (_, _, indices) = theirs.quantize(z)
+        assert torch.equal(ours.quantizer.nearest(mine), indices)
     weights = torch.randn(z.shape, generator=generator, dtype=dtype)
     (weights * z).mean().backward()
     (weights * ours.encode(x)).mean().backward()
-    codes = torch.randint(16384, (1, size // 16, size // 16), generator=generator)
-    z_q = theirs.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, -1))
-    decoded, mine = decode(theirs, z_q), ours.decoder(ours.quantizer.look_up(codes))
+    indices = torch.randint(16384, (1, size // 16, size // 16), generator=generator)
+    z_q = theirs.quantize.get_codebook_entry(indices.flatten(), (*indices.shape, -1))
+    decoded, mine = decode(theirs, z_q), ours.decoder(ours.quantizer.lookup(indices))
     agree_relatively(f"VQGAN f16-16384, picture in {kind}", mine, decoded, tolerance)
     weights = torch.randn(x.shape, generator=generator, dtype=dtype)
     (weights * decoded).mean().backward()

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from t2ilearn import dalle, prior
 from t2ilearn.dalle import (
-    COLDEST,
+    TEMPERATURE_END,
     DALLE,
     DVAE,
     EPSILON,
     KL_WEIGHT,
-    NARROWEST,
-    WARMEST,
+    MIN_LOG_SCALE,
+    TEMPERATURE_START,
     Candidates,
     DVAEConfig,
     DVAEOutput,
@@ -27,7 +27,7 @@ from t2ilearn.dalle import (
     keep_best,
     kl_weight_at,
     logit_laplace,
-    relaxed_draw,
+    gumbel_softmax,
     squeeze,
     temperature_at,
 )
@@ -36,7 +36,7 @@ from t2ilearn.tokens import END, NULL, PAD, null_caption
 
 K, SIDE, WORDS, VOCABULARY = 7, 4, 5, 11
 N = SIDE**2
-SIZES = DVAEConfig(resolution=16, channels=(8, 16), blocks=1, codes=6, code_dim=5)
+SIZES = DVAEConfig(resolution=16, channels=(8, 16), blocks=1, codebook_size=6, code_dim=5)
 
 
 def small_dvae(**sizes) -> DVAE:
@@ -48,7 +48,7 @@ def small_dvae(**sizes) -> DVAE:
 def small(**sizes) -> DALLE:
     """A DALL·E in float64 with weights so large that whatever can be heard is heard."""
     torch.manual_seed(0)
-    given = {"codes": K, "side": SIDE, "width": 16, "depth": 3, "heads": 2}
+    given = {"codebook_size": K, "side": SIDE, "dim": 16, "num_layers": 3, "num_heads": 2}
     words = {"vocabulary": VOCABULARY, "text_length": WORDS}
     model = DALLE(PriorConfig(**{**given, **words, **sizes})).double()
     with torch.no_grad():
@@ -70,7 +70,7 @@ def noise(generator):
 
 
 @pytest.fixture
-def codes(generator):
+def indices(generator):
     return torch.randint(K, (3, N), generator=generator)
 
 
@@ -135,9 +135,9 @@ def test_a_relaxed_draw_becomes_one_code_when_cold_and_all_codes_when_hot(genera
     logits = torch.randn(3, 6, 2, 2, generator=generator, dtype=torch.float64)
     g = gumbel_noise((3, 6, 2, 2), generator, torch.float64)
     hard = F.one_hot((logits + g).argmax(1), 6).movedim(-1, 1).double()
-    assert torch.allclose(relaxed_draw(logits, g, 1e-4), hard, atol=1e-9)
-    assert torch.allclose(relaxed_draw(logits, g, 1e7), torch.full_like(hard, 1 / 6), atol=1e-6)
-    y = relaxed_draw(logits, g, 0.5)
+    assert torch.allclose(gumbel_softmax(logits, g, 1e-4), hard, atol=1e-9)
+    assert torch.allclose(gumbel_softmax(logits, g, 1e7), torch.full_like(hard, 1 / 6), atol=1e-6)
+    y = gumbel_softmax(logits, g, 0.5)
     assert torch.allclose(y.sum(1), torch.ones(3, 2, 2, dtype=torch.float64)) and (y > 0).all()
     by_hand = ((logits + g) / 0.5).exp()
     assert torch.allclose(y, by_hand / by_hand.sum(1, keepdim=True), atol=1e-12)
@@ -146,7 +146,7 @@ def test_a_relaxed_draw_becomes_one_code_when_cold_and_all_codes_when_hot(genera
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
 def test_a_temperature_that_is_none_is_refused(wrong, noise, x):
     with pytest.raises(ValueError, match="relaxed draw must be above 0, not"):
-        relaxed_draw(torch.zeros_like(noise), noise, wrong)
+        gumbel_softmax(torch.zeros_like(noise), noise, wrong)
     with pytest.raises(ValueError, match="relaxed draw must be above 0, not"):
         small_dvae()(x, wrong, noise)
 
@@ -168,7 +168,7 @@ def test_each_place_hears_the_mixture_of_its_own_codes(monkeypatch, x, noise):
     model, seen = small_dvae(), []
     model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     output = model(x, 0.7, noise)
-    y = relaxed_draw(output.logits, noise, 0.7)
+    y = gumbel_softmax(output.logits, noise, 0.7)
     b, i, j = 2, 3, 1
     by_hand = sum(y[b, k, i, j] * model.codebook[k] for k in range(6))
     assert torch.allclose(seen[0][b, :, i, j], by_hand, atol=1e-12)
@@ -194,9 +194,9 @@ def test_a_cold_draw_without_noise_paints_what_the_tokens_paint(x, noise):
 
 def test_decoding_undoes_the_squeeze(x):
     model = small_dvae()
-    model.picture = lambda mixture: (squeeze(x).logit(), torch.zeros_like(x))
+    model.picture = lambda mixture: (map_pixels(x).logit(), torch.zeros_like(x))
     assert torch.allclose(model.decode_tokens(torch.zeros(4, 16, dtype=torch.int64)), x, atol=1e-12)
-    ends = squeeze(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
+    ends = map_pixels(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
     assert ends.tolist() == pytest.approx([0.1, 0.5, 0.9])
 
 
@@ -216,7 +216,7 @@ def test_a_dvae_begins_as_an_autoencoder():
         return 1 - rest.square().sum() / m.square().sum(), m.std()
 
     torch.manual_seed(0)
-    config = DVAEConfig(resolution=16, channels=(16, 32), blocks=1, codes=256, code_dim=8)
+    config = DVAEConfig(resolution=16, channels=(16, 32), blocks=1, codebook_size=256, code_dim=8)
     share, size = explained(DVAE(config).double())
     assert share > 0.8
     by_chance = DVAE(config).double()
@@ -232,7 +232,7 @@ def test_the_scale_has_a_floor(x, noise):
         model.decoder[-1].weight.zero_()
         model.decoder[-1].bias.copy_(torch.tensor([0.0, 0, 0, -50, -1, 2]))
     log_scale = model(x, 1.0, noise).log_scale
-    assert log_scale[0, :, 0, 0].tolist() == pytest.approx([NARROWEST, -1, 2])
+    assert log_scale[0, :, 0, 0].tolist() == pytest.approx([MIN_LOG_SCALE, -1, 2])
 
 
 @pytest.mark.parametrize("mean, log_scale", [(0.0, 0.0), (1.3, -2.0), (-0.7, math.log(0.3))])
@@ -260,10 +260,10 @@ def saying(logits, x):
 
 def test_the_divergence_is_0_for_even_logits_and_ln_k_a_code_for_sure_ones(x, generator):
     even = dvae_loss(x, saying(torch.full((4, 6, 4, 4), 3.0, dtype=torch.float64), x))
-    assert even.divergence.item() == pytest.approx(0, abs=1e-12)
+    assert even.kl.item() == pytest.approx(0, abs=1e-12)
     chosen = torch.randint(6, (4, 4, 4), generator=generator)
     sure = 1e4 * F.one_hot(chosen, 6).movedim(-1, 1).double()
-    found = dvae_loss(x, saying(sure, x)).divergence.item()
+    found = dvae_loss(x, saying(sure, x)).kl.item()
     assert found == pytest.approx(math.log(6) * 16 / (3 * 16 * 16), rel=1e-12)
 
 
@@ -276,7 +276,7 @@ def test_the_divergence_is_the_formula_by_hand(x, generator):
             for place in range(16):
                 p = q[b, k].flatten()[place].item()
                 by_hand += p * math.log(p * 6) / 4
-    assert dvae_loss(x, saying(logits, x)).divergence.item() == pytest.approx(by_hand / 768)
+    assert dvae_loss(x, saying(logits, x)).kl.item() == pytest.approx(by_hand / 768)
 
 
 def test_a_nat_a_code_weighs_beta_over_192_as_in_the_paper():
@@ -295,9 +295,9 @@ def test_the_reconstruction_is_the_mean_over_the_numbers_of_a_picture(x, noise):
     squeezed = (1 - 2 * EPSILON) * (x + 1) / 2 + EPSILON
     by_hand = logit_laplace(squeezed, output.mean, output.log_scale).sum() / (4 * 3 * 16 * 16)
     assert loss.reconstruction.item() == pytest.approx(by_hand.item(), rel=1e-12)
-    assert torch.allclose(loss.total, loss.reconstruction + 2.5 * loss.divergence)
+    assert torch.allclose(loss.total, loss.reconstruction + 2.5 * loss.kl)
     default = dvae_loss(x, output)
-    assert torch.allclose(default.total, loss.reconstruction + 6.6 * loss.divergence)
+    assert torch.allclose(default.total, loss.reconstruction + 6.6 * loss.kl)
     assert KL_WEIGHT == 6.6
 
 
@@ -315,13 +315,13 @@ def test_nothing_is_changed_in_place(x, noise):
     output = model(x, 0.3, noise)
     kept = [value.clone() for value in output]
     dvae_loss(x, output)
-    squeeze(x)
-    logit_laplace(squeeze(x), output.mean, output.log_scale)
-    relaxed_draw(output.logits, noise, 0.3)
-    codes = model.tokens(x)
-    same = codes.clone()
-    model.decode_tokens(codes)
-    assert torch.equal(x, before[0]) and torch.equal(noise, before[1]) and torch.equal(codes, same)
+    map_pixels(x)
+    logit_laplace(map_pixels(x), output.mean, output.log_scale)
+    gumbel_softmax(output.logits, noise, 0.3)
+    indices = model.tokens(x)
+    same = indices.clone()
+    model.decode_tokens(indices)
+    assert torch.equal(x, before[0]) and torch.equal(noise, before[1]) and torch.equal(indices, same)
     assert all(torch.equal(a, b) for a, b in zip(output, kept, strict=True))
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
 
@@ -333,19 +333,19 @@ def test_logits_and_losses_stay_in_float32_under_autocast(x, noise):
         output = model(x, 0.5, noise)
         loss = dvae_loss(x, output)
         picture = model.decode_tokens(model.tokens(x))
-        y = relaxed_draw(output.logits.bfloat16(), noise, 0.5)
+        y = gumbel_softmax(output.logits.bfloat16(), noise, 0.5)
     assert {value.dtype for value in output} == {torch.float32}
     assert {value.dtype for value in loss} == {torch.float32} and loss.total.isfinite()
     assert picture.dtype == y.dtype == torch.float32
-    assert squeeze(x.bfloat16()).dtype == torch.float32
-    assert relaxed_draw(noise.bfloat16(), noise.bfloat16(), 0.5).dtype == torch.float32
+    assert map_pixels(x.bfloat16()).dtype == torch.float32
+    assert gumbel_softmax(noise.bfloat16(), noise.bfloat16(), 0.5).dtype == torch.float32
 
 
 # ---------------------------------------------------------------- schedules
 
 
 def test_the_temperature_falls_from_1_to_a_sixteenth():
-    assert temperature_at(0.0) == WARMEST == 1 and COLDEST == 1 / 16
+    assert temperature_at(0.0) == TEMPERATURE_START == 1 and TEMPERATURE_END == 1 / 16
     assert temperature_at(0.5) == temperature_at(0.8) == temperature_at(1.0) == 1 / 16
     assert temperature_at(0.25) == pytest.approx((1 + 1 / 16) / 2)  # half the way at half the time
     assert temperature_at(0.1, until=0.1) == 1 / 16 and temperature_at(0.9, until=1.0) > 1 / 16
@@ -373,7 +373,7 @@ def test_schedules_depend_on_the_share_alone():
 
 
 @pytest.mark.parametrize(
-    "codes, said",
+    "indices, said",
     [
         (torch.zeros(2, 15, dtype=torch.int64), r"4² codes: \(B, 16\), not \(2, 15\)"),
         (torch.zeros(2, 4, 4, dtype=torch.int64), r"not \(2, 4, 4\)"),
@@ -381,9 +381,9 @@ def test_schedules_depend_on_the_share_alone():
         (torch.full((2, 16), -1), "numbers from 0 to 5; these are -1"),
     ],
 )
-def test_what_cannot_be_decoded_is_refused(unchecked, codes, said):
+def test_what_cannot_be_decoded_is_refused(unchecked, indices, said):
     with pytest.raises(ValueError, match=said):
-        small_dvae().decode_tokens(codes)
+        small_dvae().decode_tokens(indices)
 
 
 def test_pictures_of_another_size_are_refused(unchecked, noise):
@@ -395,7 +395,7 @@ def test_pictures_of_another_size_are_refused(unchecked, noise):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    for wrong in ({"codes": 1}, {"code_dim": 0}, {"channels": (7,)}, {"resolution": 18}):
+    for wrong in ({"codebook_size": 1}, {"code_dim": 0}, {"channels": (7,)}, {"resolution": 18}):
         with pytest.raises(ValueError):
             DVAEConfig(**{**vars(SIZES), **wrong})
 
@@ -410,7 +410,7 @@ def test_a_small_dvae_learns_eight_pictures(generator):
     torch.manual_seed(0)
     coarse = torch.rand(8, 3, 4, 4, generator=generator) * 1.6 - 0.8
     pictures = F.interpolate(coarse, scale_factor=4)
-    sizes = {"resolution": 16, "channels": (16, 32), "blocks": 1, "codes": 64, "code_dim": 16}
+    sizes = {"resolution": 16, "channels": (16, 32), "blocks": 1, "codebook_size": 64, "code_dim": 16}
     model = DVAE(DVAEConfig(**sizes))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(200):
@@ -428,82 +428,82 @@ def test_a_small_dvae_learns_eight_pictures(generator):
 # ---------------------------------------------------------------- DALL·E: what looks at what
 
 
-def test_there_are_logits_for_every_word_and_every_code(codes, caption):
+def test_there_are_logits_for_every_word_and_every_code(indices, caption):
     model = small()
-    stream = model(codes, caption)
+    stream = model(indices, caption)
     assert stream.words.shape == (3, WORDS, VOCABULARY) and stream.picture.shape == (3, N, K)
     for n in (1, 2, 9):  # a beginning gets the logits it has in the whole
-        part = model(codes[:, :n], caption)
+        part = model(indices[:, :n], caption)
         assert torch.allclose(part.picture, stream.picture[:, :n], atol=1e-12)
         assert torch.allclose(part.words, stream.words, atol=1e-12)
-    assert torch.equal(model.code_logits(codes, caption), stream.picture)
+    assert torch.equal(model.code_logits(indices, caption), stream.picture)
 
 
-def test_words_hear_the_words_before_them_and_nothing_else(codes, caption):
+def test_words_hear_the_words_before_them_and_nothing_else(indices, caption):
     model = small()
-    before = model(codes[:1], caption[:1]).words
+    before = model(indices[:1], caption[:1]).words
     heard = torch.zeros(WORDS, WORDS, dtype=torch.bool)
     for place in range(WORDS):
         other = caption[:1].clone()
         other[0, place] = 9
-        difference = model(codes[:1], other).words - before
+        difference = model(indices[:1], other).words - before
         heard[:, place] = difference[0].abs().amax(-1) > 1e-9
     assert torch.equal(heard, torch.ones_like(heard).tril(-1))  # word i of those before i
-    assert torch.equal(model((codes[:1] + 1) % K, caption[:1]).words, before)  # and of no code
+    assert torch.equal(model((indices[:1] + 1) % K, caption[:1]).words, before)  # and of no code
 
 
-def test_codes_hear_all_words_and_the_codes_before_them(codes, caption):
+def test_codes_hear_all_words_and_the_codes_before_them(indices, caption):
     model = small()
-    before = model(codes[:1], caption[:1]).picture
+    before = model(indices[:1], caption[:1]).picture
     for place in range(WORDS):
         other = caption[:1].clone()
         other[0, place] = 9
-        difference = (model(codes[:1], other).picture - before)[0].abs().amax(-1)
+        difference = (model(indices[:1], other).picture - before)[0].abs().amax(-1)
         assert (difference > 1e-9).all()
     heard = torch.zeros(N, N, dtype=torch.bool)
     for place in range(N):
-        other = codes[:1].clone()
+        other = indices[:1].clone()
         other[0, place] = (other[0, place] + 1) % K
         difference = model(other, caption[:1]).picture - before
         heard[:, place] = difference[0].abs().amax(-1) > 1e-11
     assert torch.equal(heard, torch.ones_like(heard).tril(-1))
 
 
-def test_pictures_of_a_batch_do_not_hear_of_each_other(codes, caption):
+def test_pictures_of_a_batch_do_not_hear_of_each_other(indices, caption):
     model = small()
-    together = model(codes, caption)
+    together = model(indices, caption)
     for i in range(3):
-        alone = model(codes[i : i + 1], caption[i : i + 1])
+        alone = model(indices[i : i + 1], caption[i : i + 1])
         assert torch.allclose(alone.picture, together.picture[i : i + 1], atol=1e-12)
         assert torch.allclose(alone.words, together.words[i : i + 1], atol=1e-12)
 
 
-def test_where_there_is_no_word_a_vector_of_that_place_stands_in(codes, caption, generator):
+def test_where_there_is_no_word_a_vector_of_that_place_stands_in(indices, caption, generator):
     model = small()
-    before = model(codes, caption).picture
+    before = model(indices, caption).picture
     heard = torch.zeros(3, WORDS, dtype=torch.bool)
     for place in range(WORDS):
         changed = copy.deepcopy(model)
         with torch.no_grad():
             changed.padding[place] = 0.5 * torch.randn(16, generator=generator)
-        after = changed(codes, caption).picture
+        after = changed(indices, caption).picture
         heard[:, place] = (after - before).abs().amax((1, 2)) > 1e-9
     assert torch.equal(heard, caption == PAD)
     with torch.no_grad():  # the row of the word PAD itself is no input
-        model.word_embedding.weight[PAD] = torch.randn(16, generator=generator)
-    assert torch.equal(model(codes, caption).picture, before)
+        model.text_embedding.weight[PAD] = torch.randn(16, generator=generator)
+    assert torch.equal(model(indices, caption).picture, before)
 
 
-def test_a_caption_is_no_bag_of_words(codes, caption):
+def test_a_caption_is_no_bag_of_words(indices, caption):
     model, swapped = small(), caption.clone()
     swapped[:, [0, 1]] = caption[:, [1, 0]]
-    difference = model(codes, swapped).picture - model(codes, caption).picture
+    difference = model(indices, swapped).picture - model(indices, caption).picture
     assert (difference.abs().amax((1, 2)) > 0.01).all()
 
 
-def test_rows_and_columns_are_told_apart(codes, caption, generator):
+def test_rows_and_columns_are_told_apart(indices, caption, generator):
     model = small()
-    constant = torch.zeros_like(codes)
+    constant = torch.zeros_like(indices)
     for what in (model.row, model.column):
         before = model(constant, caption).picture
         with torch.no_grad():
@@ -514,28 +514,28 @@ def test_rows_and_columns_are_told_apart(codes, caption, generator):
         assert changed[0] == (SIDE + 1 if what is model.row else 2)
 
 
-def test_words_and_codes_have_one_matrix_each_in_and_out(codes, caption):
+def test_words_and_codes_have_one_matrix_each_in_and_out(indices, caption):
     model = small()
-    before = model(codes[:, :1], caption)
+    before = model(indices[:, :1], caption)
     with torch.no_grad():
-        model.code_embedding.weight[4] *= 2
-        model.word_embedding.weight[2] *= 2  # NULL, which these captions do not say
-    after = model(codes[:, :1], caption)
+        model.image_embedding.weight[4] *= 2
+        model.text_embedding.weight[2] *= 2  # NULL, which these captions do not say
+    after = model(indices[:, :1], caption)
     assert torch.allclose(after.picture[..., 4], 2 * before.picture[..., 4], atol=1e-12)
     assert torch.allclose(after.words[..., 2], 2 * before.words[..., 2], atol=1e-12)
     assert torch.allclose(after.words[..., 3:], before.words[..., 3:], atol=1e-12)
 
 
-def test_no_caption_does_not_say_what_a_caption_says(codes, caption):
+def test_no_caption_does_not_say_what_a_caption_says(indices, caption):
     model = small()
-    null = model(codes, null_caption(3, WORDS)).picture
-    assert ((null - model(codes, caption).picture).abs().amax((1, 2)) > 0.01).all()
+    null = model(indices, null_caption(3, WORDS)).picture
+    assert ((null - model(indices, caption).picture).abs().amax((1, 2)) > 0.01).all()
 
 
 def test_words_codes_and_places_start_at_one_scale():
     torch.manual_seed(0)
     model = DALLE(PriorConfig(64, 8, 64, 1, 2, vocabulary=64, text_length=16))
-    parts = (model.word_embedding.weight, model.code_embedding.weight, model.padding)
+    parts = (model.text_embedding.weight, model.image_embedding.weight, model.padding)
     for part in (*parts, model.word_position, model.row, model.column):
         assert part.std().item() == pytest.approx(0.02, rel=0.2)
 
@@ -543,10 +543,10 @@ def test_words_codes_and_places_start_at_one_scale():
 # ---------------------------------------------------------------- DALL·E: the loss
 
 
-def test_the_loss_counts_words_and_codes_by_their_own_means(codes, caption, generator):
+def test_the_loss_counts_words_and_codes_by_their_own_means(indices, caption, generator):
     words = torch.randn(3, WORDS, VOCABULARY, generator=generator, dtype=torch.float64)
     picture = torch.randn(3, N, K, generator=generator, dtype=torch.float64)
-    loss = dalle_loss(Stream(words, picture), caption, codes)
+    loss = dalle_loss(DALLEOutput(words, picture), caption, indices)
     said, nats = 0, 0.0
     for b in range(3):
         for t in range(WORDS):
@@ -554,57 +554,57 @@ def test_the_loss_counts_words_and_codes_by_their_own_means(codes, caption, gene
                 nats -= words[b, t].log_softmax(0)[caption[b, t]].item()
                 said += 1
     assert said == 12 and loss.words.item() == pytest.approx(nats / 12, rel=1e-12)
-    by_hand = -picture.log_softmax(-1).gather(2, codes[..., None]).mean()
+    by_hand = -picture.log_softmax(-1).gather(2, indices[..., None]).mean()
     assert loss.picture.item() == pytest.approx(by_hand.item(), rel=1e-12)
     assert loss.total.item() == pytest.approx(nats / 12 / 8 + 7 / 8 * by_hand.item(), rel=1e-12)
     for share in (0.0, 0.3, 1.0):
-        total = dalle_loss(Stream(words, picture), caption, codes, share).total
+        total = dalle_loss(DALLEOutput(words, picture), caption, indices, share).total
         assert torch.allclose(total, share * loss.words + (1 - share) * loss.picture)
 
 
-def test_captions_left_out_are_not_learned(codes, caption):
+def test_captions_left_out_are_not_learned(indices, caption):
     model, mixed = small(), caption.clone()
     mixed[1] = null_caption(1, WORDS)[0]
-    stream = model(codes, mixed)
-    loss = dalle_loss(stream, mixed, codes)
+    stream = model(indices, mixed)
+    loss = dalle_loss(stream, mixed, indices)
     rows = torch.tensor([0, 2])
-    only = dalle_loss(Stream(*(part[rows] for part in stream)), mixed[rows], codes[rows])
+    only = dalle_loss(DALLEOutput(*(part[rows] for part in stream)), mixed[rows], indices[rows])
     assert torch.allclose(loss.words, only.words, atol=1e-12)
-    whole = F.cross_entropy(stream.picture.flatten(0, 1), codes.flatten())
+    whole = F.cross_entropy(stream.picture.flatten(0, 1), indices.flatten())
     assert torch.allclose(loss.picture, whole)  # the picture of a caption left out is learned
 
 
-def test_without_any_word_the_words_cost_nothing_and_nothing_is_nan(codes):
+def test_without_any_word_the_words_cost_nothing_and_nothing_is_nan(indices):
     model, null = small(), null_caption(3, WORDS)
-    loss = dalle_loss(model(codes, null), null, codes)
+    loss = dalle_loss(model(indices, null), null, indices)
     assert loss.words.item() == 0 and loss.total.isfinite()
     assert torch.allclose(loss.total, 7 / 8 * loss.picture)
     loss.total.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_the_loss_stays_in_float32_under_autocast_and_in_float64_where_it_can(codes, caption):
+def test_the_loss_stays_in_float32_under_autocast_and_in_float64_where_it_can(indices, caption):
     model = small()
-    assert dalle_loss(model(codes, caption), caption, codes).total.dtype == torch.float64
+    assert dalle_loss(model(indices, caption), caption, indices).total.dtype == torch.float64
     model = model.float()
     with torch.autocast("cpu", torch.bfloat16):
-        stream = model(codes, caption)
-        loss = dalle_loss(stream, caption, codes)
+        stream = model(indices, caption)
+        loss = dalle_loss(stream, caption, indices)
     assert stream.picture.dtype == torch.bfloat16  # autocast was really on
     assert {term.dtype for term in loss} == {torch.float32}
-    half = dalle_loss(Stream(*(part.bfloat16() for part in stream)), caption, codes)
+    half = dalle_loss(DALLEOutput(*(part.bfloat16() for part in stream)), caption, indices)
     assert {term.dtype for term in half} == {torch.float32}  # also where no autocast helps
-    exact = dalle_loss(Stream(*(part.double() for part in stream)), caption, codes)
+    exact = dalle_loss(DALLEOutput(*(part.double() for part in stream)), caption, indices)
     for a, b in zip(loss, exact, strict=True):
         assert a.item() == pytest.approx(b.item(), abs=1e-6)
 
 
-def test_the_terms_move_words_and_codes(codes, caption):
+def test_the_terms_move_words_and_codes(indices, caption):
     model = small()
-    loss = dalle_loss(model(codes, caption), caption, codes)
+    loss = dalle_loss(model(indices, caption), caption, indices)
     words, picture = moved(loss.words, model), moved(loss.picture, model)
     everything = {name for name, _ in model.named_parameters()}
-    of_pictures = {"code_embedding.weight", "row", "column"}
+    of_pictures = {"image_embedding.weight", "row", "column"}
     # No word looks ahead, and after padding no word comes that would be counted.
     assert words == everything - of_pictures - {"padding"}
     assert picture == everything
@@ -612,18 +612,18 @@ def test_the_terms_move_words_and_codes(codes, caption):
     assert rows[0] > 0 and rows[1] == 0  # the start of the picture comes after all words
 
 
-def test_every_parameter_learns(codes, caption):
+def test_every_parameter_learns(indices, caption):
     torch.manual_seed(0)
     model = DALLE(small().config)
-    dalle_loss(model(codes, caption), caption, codes).total.backward()
+    dalle_loss(model(indices, caption), caption, indices).total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
-def test_a_share_that_is_none_is_refused(share, codes, caption):
+def test_a_share_that_is_none_is_refused(share, indices, caption):
     with pytest.raises(ValueError, match=r"words' share of the loss must be in \[0, 1\]"):
-        dalle_loss(small()(codes, caption), caption, codes, share)
+        dalle_loss(small()(indices, caption), caption, indices, share)
 
 
 def test_captions_are_dropped_at_the_rate_of_the_recipe(generator):
@@ -638,33 +638,33 @@ def test_captions_are_dropped_at_the_rate_of_the_recipe(generator):
 # ---------------------------------------------------------------- DALL·E: drawing
 
 
-def logits_while_drawing(monkeypatch, model, codes, caption, **how):
+def logits_while_drawing(monkeypatch, model, indices, caption, **how):
     """The logits behind each draw while exactly these codes are drawn: (B, steps, K)."""
     seen, first = [], how["start"].shape[1] if "start" in how else 0
 
     def forced(logits, *_):
         seen.append(logits)
-        return codes[:, first + len(seen) - 1]
+        return indices[:, first + len(seen) - 1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(prior, "choose", forced)
+        patch.setattr(sampling, "sample_from_logits", forced)
         (*_, last) = sample_steps(model, caption, **how)
-    assert torch.equal(last, codes)
+    assert torch.equal(last, indices)
     return torch.stack(seen, dim=1)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("given", [0, 1, 8, N - 1])
-def test_cached_is_uncached_is_the_whole(monkeypatch, dtype, atol, scale, given, codes, caption):
+def test_cached_is_uncached_is_the_whole(monkeypatch, dtype, atol, scale, given, indices, caption):
     model = small().to(dtype)
-    how = {"guidance_scale": scale, **({"start": codes[:, :given]} if given else {})}
+    how = {"guidance_scale": scale, **({"start": indices[:, :given]} if given else {})}
     cached, uncached = (
-        logits_while_drawing(monkeypatch, model, codes, caption, use_cache=use_cache, **how)
+        logits_while_drawing(monkeypatch, model, indices, caption, use_cache=use_cache, **how)
         for use_cache in (True, False)
     )
-    c = model(codes, caption).picture
-    u = model(codes, null_caption(3, WORDS)).picture
+    c = model(indices, caption).picture
+    u = model(indices, null_caption(3, WORDS)).picture
     whole = (u + scale * (c - u))[:, given:]
     assert (c - u).abs().max() > 0.01 and cached.dtype == dtype
     assert (cached - uncached).abs().max() <= atol
@@ -681,9 +681,9 @@ def test_a_cache_saves_work_and_has_room_for_the_whole_stream(caption, generator
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("given", [0, 6])
-def test_drawing_changes_neither_prompt_nor_start_nor_model(scale, given, codes, caption):
+def test_drawing_changes_neither_prompt_nor_start_nor_model(scale, given, indices, caption):
     model = small().train()
-    words, start = caption.clone(), codes[:, :given].clone()
+    words, start = caption.clone(), indices[:, :given].clone()
     state = copy.deepcopy(model.state_dict())
     random = torch.random.get_rng_state()
 
@@ -692,7 +692,7 @@ def test_drawing_changes_neither_prompt_nor_start_nor_model(scale, given, codes,
         return sample(model, words, generator=torch.Generator().manual_seed(seed), **how)
 
     first = draw(1)
-    assert torch.equal(words, caption) and torch.equal(start, codes[:, :given])
+    assert torch.equal(words, caption) and torch.equal(start, indices[:, :given])
     assert torch.equal(first[:, :given], start)
     assert torch.equal(draw(1), first) and not torch.equal(draw(2), first)
     assert torch.equal(torch.random.get_rng_state(), random) and model.training
@@ -714,7 +714,7 @@ def test_scale_one_is_the_conditional_and_scale_zero_the_unconditional_model(cap
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_temperature_0_takes_the_likeliest_code_whatever_the_seed(scale, codes, caption):
+def test_temperature_0_takes_the_likeliest_code_whatever_the_seed(scale, indices, caption):
     model = small()
     how = {"temperature": 0.0, "guidance_scale": scale}
     a, b = (
@@ -725,11 +725,11 @@ def test_temperature_0_takes_the_likeliest_code_whatever_the_seed(scale, codes, 
     assert torch.equal((u + scale * (c - u)).argmax(-1), a)
 
 
-def test_the_likelihood_of_a_picture_is_of_its_codes_and_not_of_its_words(codes, caption):
+def test_the_likelihood_of_a_picture_is_of_its_codes_and_not_of_its_words(indices, caption):
     model = small()
-    found = log_likelihood(model, codes, caption)
+    found = log_likelihood(model, indices, caption)
     for row in range(3):
-        q, c = codes[row : row + 1], caption[row : row + 1]
+        q, c = indices[row : row + 1], caption[row : row + 1]
         loss = dalle_loss(model(q, c), c, q)
         assert found[row].item() == pytest.approx(-N * loss.picture.item(), rel=1e-5)
     assert found.shape == (3,) and found.unique().numel() == 3
@@ -746,22 +746,22 @@ def test_drawing_works_under_autocast_and_where_the_weights_are(device, caption,
 def test_a_dalle_learns_eight_pictures_and_their_captions():
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(32, (8, N), generator=generator)
-    caption = torch.stack([torch.randperm(8, generator=generator)[:WORDS] for _ in codes]) + 3
+    indices = torch.randint(32, (8, N), generator=generator)
+    caption = torch.stack([torch.randperm(8, generator=generator)[:WORDS] for _ in indices]) + 3
     caption[:, -1] = END
     # Two captions of the same words in another order have other pictures.
     caption[1, :4] = caption[0, [1, 0, 2, 3]]
     model = DALLE(PriorConfig(32, SIDE, 48, 2, 2, VOCABULARY, WORDS))
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(150):
-        loss = dalle_loss(model(codes, caption), caption, codes)
+        loss = dalle_loss(model(indices, caption), caption, indices)
         optimiser.zero_grad()
         loss.total.backward()
         optimiser.step()
     assert loss.picture.item() < 0.05  # from ln 32 = 3.5
     assert loss.words.item() < 0.7  # from ln 11; which of eight begins, nobody can know: ln 8 / 5
     drawn = sample(model.eval(), caption, temperature=0.0, generator=generator)
-    assert (drawn == codes).float().mean() > 0.99
+    assert (drawn == indices).float().mean() > 0.99
 
 
 # ---------------------------------------------------------------- DALL·E: bad input
@@ -773,7 +773,7 @@ def word_ids(*shape):
 
 def test_a_dalle_without_words_is_refused():
     with pytest.raises(ValueError, match="vocabulary cannot be 0"):
-        DALLE(PriorConfig(codes=K, side=SIDE, width=16, depth=1, heads=2))
+        DALLE(PriorConfig(codebook_size=K, side=SIDE, dim=16, num_layers=1, num_heads=2))
 
 
 @pytest.mark.parametrize(
@@ -788,18 +788,18 @@ def test_a_dalle_without_words_is_refused():
         (word_ids(2, WORDS), "3 pictures but 2 captions"),
     ],
 )
-def test_what_is_no_caption_is_refused(unchecked, caption, said, codes, generator):
+def test_what_is_no_caption_is_refused(unchecked, caption, said, indices, generator):
     model = small()
     with pytest.raises(ValueError, match=said):
-        model(codes, caption)
+        model(indices, caption)
     for use_cache in (True, False):
         with pytest.raises(ValueError, match=said):
-            how = {"start": codes[:, :4], "use_cache": use_cache}
+            how = {"start": indices[:, :4], "use_cache": use_cache}
             sample(model, caption, generator=generator, **how)
 
 
 @pytest.mark.parametrize(
-    "codes, said",
+    "indices, said",
     [
         (torch.zeros(3, N + 1, dtype=torch.int64), "At most 16 codes"),
         (torch.zeros(3, SIDE, SIDE, dtype=torch.int64), "At most 16 codes"),
@@ -807,12 +807,12 @@ def test_what_is_no_caption_is_refused(unchecked, caption, said, codes, generato
         (torch.full((3, 4), -1), "from 0 to 6; these are -1"),
     ],
 )
-def test_what_are_no_codes_is_refused(unchecked, codes, said, caption, generator):
+def test_what_are_no_codes_is_refused(unchecked, indices, said, caption, generator):
     model = small()
     with pytest.raises(ValueError, match=said):
-        model(codes, caption)
+        model(indices, caption)
     with pytest.raises(ValueError, match=said):
-        sample(model, caption, start=codes, generator=generator)
+        sample(model, caption, start=indices, generator=generator)
 
 
 @pytest.mark.parametrize(
@@ -838,24 +838,24 @@ def test_what_cannot_be_sampled_with_is_refused(how, said, caption, generator):
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_what_is_below_the_kept_rows_is_never_looked_at(rows, x, generator):
     model = small_dvae().eval()
-    kept = beginning(model, x, rows)
+    kept = encode_prefix(model, x, rows)
     assert kept.shape == (4, rows * 4) and kept.dtype == torch.int64
     other = x.clone()
     other[:, :, 4 * rows :] = torch.rand(other[:, :, 4 * rows :].shape, generator=generator) * 2 - 1
-    assert torch.equal(beginning(model, other, rows), kept)
+    assert torch.equal(encode_prefix(model, other, rows), kept)
     # An encoder that sees the rest says something else: there is something to hide.
     logits, hidden = model.logits(x)[:, :, :rows], model.logits(other)[:, :, :rows]
     assert not torch.allclose(logits, hidden)
     other = x.clone()
     other[:, :, : 4 * rows] *= -1
-    assert not torch.equal(beginning(model, other, rows), kept)
+    assert not torch.equal(encode_prefix(model, other, rows), kept)
 
 
 def test_below_stands_each_column_s_last_pixel(x, monkeypatch):
     model, seen = small_dvae().eval(), []
     monkeypatch.setattr(model, "tokens", lambda x: seen.append(x) or torch.zeros(4, 16).long())
     before = x.clone()
-    beginning(model, x, 2)
+    encode_prefix(model, x, 2)
     assert torch.equal(x, before) and torch.equal(seen[0][:, :, :8], x[:, :, :8])
     assert (seen[0][:, :, 8:] == x[:, :, 7:8]).all()
 
@@ -864,7 +864,7 @@ def test_the_codes_kept_are_those_of_a_picture_that_ends_there(x):
     model = small_dvae().eval()
     closed = x.clone()
     closed[:, :, 8:] = closed[:, :, 7:8]
-    assert torch.equal(beginning(model, x, 2), model.tokens(closed)[:, :8])
+    assert torch.equal(encode_prefix(model, x, 2), model.tokens(closed)[:, :8])
 
 
 def with_one(x, value):
@@ -876,25 +876,25 @@ def with_one(x, value):
 @pytest.mark.parametrize("value", [1.01, -1.5, math.nan, math.inf, -math.inf])
 def test_pictures_of_another_range_have_no_beginning(value, x):
     with pytest.raises(ValueError, match=r"Pictures lie in \[−1, 1\]; these go from"):
-        beginning(small_dvae(), with_one(x, value), 2)
-    beginning(small_dvae(), with_one(with_one(x, 1.0), -1.0), 2)
+        encode_prefix(small_dvae(), with_one(x, value), 2)
+    encode_prefix(small_dvae(), with_one(with_one(x, 1.0), -1.0), 2)
 
 
 @pytest.mark.parametrize("rows", [0, 4, 5, -1])
 def test_all_or_no_rows_are_no_beginning(rows, x):
     with pytest.raises(ValueError, match=f"Keep 1 … 3 rows of codes, not {rows}"):
-        beginning(small_dvae(), x, rows)
+        encode_prefix(small_dvae(), x, rows)
 
 
 def test_pictures_of_another_size_have_no_beginning(unchecked):
     for wrong in (torch.zeros(2, 3, 8, 16), torch.zeros(3, 16, 16), torch.zeros(2, 1, 16, 16)):
         with pytest.raises(ValueError, match="16"):
-            beginning(small_dvae(), wrong.double(), 2)
+            encode_prefix(small_dvae(), wrong.double(), 2)
 
 
 def test_what_is_drawn_begins_with_the_beginning(x, generator):
-    first = small_dvae(codes=K).eval()
-    start = beginning(first, x, 2)
+    first = small_dvae(codebook_size=K).eval()
+    start = encode_prefix(first, x, 2)
     caption = word_ids(4, WORDS)
     drawn = sample(small(), caption, start=start, guidance_scale=2.0, generator=generator)
     assert torch.equal(drawn[:, :8], start) and drawn.shape == (4, N)
@@ -917,44 +917,44 @@ def test_of_each_row_the_scorer_s_favourite_is_kept(candidates):
         seen.append(among)
         return torch.tensor([0.0, 2.0, 1.0, -5.0, -4.0, -3.0])
 
-    pictures, kept = keep_best(candidates, 3, scorer)
+    pictures, kept = rerank(candidates, 3, scorer)
     assert kept.tolist() == [1, 5] and torch.equal(pictures, candidates.pictures[[1, 5]])
     assert seen[0] is candidates
-    pictures, kept = keep_best(candidates, 1, scorer)
+    pictures, kept = rerank(candidates, 1, scorer)
     assert kept.tolist() == list(range(6)) and torch.equal(pictures, candidates.pictures)
-    assert keep_best(candidates, 6, scorer)[1].tolist() == [1]
+    assert rerank(candidates, 6, scorer)[1].tolist() == [1]
 
 
 def test_scorers_see_pictures_codes_and_captions(candidates):
-    by_codes = keep_best(candidates, 3, lambda among: among.codes.double().mean(1))[1]
-    rows = candidates.codes.double().mean(1).view(2, 3)
+    by_codes = rerank(candidates, 3, lambda among: among.indices.double().mean(1))[1]
+    rows = candidates.indices.double().mean(1).view(2, 3)
     assert by_codes.tolist() == [0 + rows[0].argmax(), 3 + rows[1].argmax()]
-    by_words = keep_best(
+    by_words = rerank(
         candidates, 2, lambda among: torch.tensor([float(ord(c)) for c in among.captions])
     )[1]
     assert by_words.tolist() == [1, 3, 5]
 
 
 def test_of_equals_one_is_kept_and_always_the_same(candidates):
-    kept = [keep_best(candidates, 3, lambda among: torch.zeros(6))[1].tolist() for _ in range(3)]
+    kept = [rerank(candidates, 3, lambda among: torch.zeros(6))[1].tolist() for _ in range(3)]
     assert kept[0] == kept[1] == kept[2] and kept[0][0] < 3 <= kept[0][1]
-    kept = keep_best(candidates, 3, lambda among: torch.tensor([-math.inf] * 5 + [0.0]))[1]
+    kept = rerank(candidates, 3, lambda among: torch.tensor([-math.inf] * 5 + [0.0]))[1]
     assert kept[1] == 5
 
 
 @pytest.mark.parametrize("best_of", [0, -1, 4, 12])
 def test_what_makes_no_whole_rows_is_refused(candidates, best_of):
     with pytest.raises(ValueError, match=f"6, 6, 6 pictures.* make no rows of {best_of}"):
-        keep_best(candidates, best_of, lambda among: torch.zeros(6))
+        rerank(candidates, best_of, lambda among: torch.zeros(6))
 
 
 def test_candidates_of_unequal_number_are_refused(unchecked, candidates):
     for wrong in (
         candidates._replace(captions=list("abcde")),
-        candidates._replace(codes=candidates.codes[:4]),
+        candidates._replace(indices=candidates.indices[:4]),
     ):
         with pytest.raises(ValueError, match="make no rows of 2"):
-            keep_best(wrong, 2, lambda among: torch.zeros(6))
+            rerank(wrong, 2, lambda among: torch.zeros(6))
 
 
 @pytest.mark.parametrize(
@@ -962,14 +962,14 @@ def test_candidates_of_unequal_number_are_refused(unchecked, candidates):
 )
 def test_a_scorer_has_one_number_for_each(unchecked, candidates, scores):
     with pytest.raises(ValueError, match="a number of each of 6 candidates, none of them NaN"):
-        keep_best(candidates, 3, lambda among: scores)
+        rerank(candidates, 3, lambda among: scores)
 
 
 def test_no_candidates_no_pictures():
     nobody = Candidates(torch.zeros(0, 3, 4, 4), torch.zeros(0, N, dtype=torch.int64), [])
-    pictures, kept = keep_best(nobody, 4, lambda among: torch.zeros(0))
+    pictures, kept = rerank(nobody, 4, lambda among: torch.zeros(0))
     assert pictures.shape == (0, 3, 4, 4) and kept.shape == (0,)
 
 
 def test_the_paper_s_constants():
-    assert (EPSILON, dalle.WORDS_SHARE) == (0.1, 1 / 8)
+    assert (EPSILON, dalle.TEXT_WEIGHT) == (0.1, 1 / 8)

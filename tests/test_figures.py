@@ -7,7 +7,8 @@ from matplotlib.colors import to_rgb
 
 from t2ilearn import figures
 from t2ilearn.figures import bars, captioned, curves, grid, matrix, show_source, usage
-from t2ilearn.prior import TransformerPrior, choose
+from t2ilearn.models.sampling import sample_from_logits
+from t2ilearn.models.transformer import TransformerPrior
 
 
 def pictures_of(figure):
@@ -134,19 +135,19 @@ def test_figures_are_shown_once_and_on_any_ground():
 
 
 def test_source_is_shown_as_it_runs():
-    text = show_source(choose, TransformerPrior._mask).data
-    assert text.startswith("```python\n# t2ilearn/prior.py\ndef choose(")
+    text = show_source(sample_from_logits, TransformerPrior._mask).data
+    assert text.startswith("```python\n# t2ilearn/prior.py\ndef sample_from_logits(")
     assert text.endswith("\n```") and text.count("```") == 2
     assert "Draw one code a row" in text and "\ndef _mask(self" in text
 
 
 def test_source_without_docstrings_still_runs():
-    text = show_source(choose, docstrings=False).data
+    text = show_source(sample_from_logits, docstrings=False).data
     assert '"""' not in text and "torch.multinomial" in text and "temperature: float" in text
     code = "from __future__ import annotations\nimport math, torch\n"
     names: dict = {}
     exec(code + text.removeprefix("```python\n").removesuffix("```"), names)
-    assert names["choose"](torch.tensor([[0.0, 9.0]]), temperature=0).tolist() == [1]
+    assert names["sample_from_logits"](torch.tensor([[0.0, 9.0]]), temperature=0).tolist() == [1]
     whole = show_source(TransformerPrior, docstrings=False).data
     assert '"""' not in whole and "def next_logits" in whole and "\n\n\n" not in whole
 

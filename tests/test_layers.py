@@ -1,4 +1,4 @@
-"""Bricks compute what their formulas say, look only where they may, and leave arguments alone."""
+"""Layers: their formulas, their receptive fields, and arguments that stay unchanged; the guards."""
 
 import math
 
@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from t2ilearn.layers import (
+from t2ilearn.models.layers import (
+    RANGE_TOLERANCE,
     Attention,
     KVCache,
     QuickGELU,
     ResidualBlock,
     SpatialAttention,
     TransformerBlock,
+    at_least_float32,
+    check_pictures,
 )
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 5, 12, 3
@@ -26,13 +29,13 @@ def x(generator):
 
 
 def made(kind, *sizes):
-    """A brick with repeatable weights, biases that are not zero, in float64."""
+    """A layer with repeatable weights, biases that are not zero, in float64."""
     torch.manual_seed(0)
-    brick = kind(*sizes).double()
+    layer = kind(*sizes).double()
     with torch.no_grad():
-        for parameter in brick.parameters():
+        for parameter in layer.parameters():
             parameter.copy_(0.5 * torch.randn_like(parameter))
-    return brick
+    return layer
 
 
 def attention_by_hand(layer, x, allowed):
@@ -47,8 +50,8 @@ def attention_by_hand(layer, x, allowed):
     return layer.out(torch.cat(heads, dim=-1))
 
 
-def looks_at(function, x):
-    """Which inputs each output hears of: (T, T) booleans, from gradients."""
+def depends_on(function, x):
+    """Which inputs each output depends on: (T, T) booleans, from gradients."""
     x = x.clone().requires_grad_()
     y = function(x)
     rows = []
@@ -73,7 +76,7 @@ def test_a_residual_block_is_the_input_plus_two_convolutions(sizes, generator):
     assert torch.allclose(block(x), before + y, atol=1e-12)
 
 
-def test_a_silent_residual_block_passes_its_input_on_untouched(generator):
+def test_a_residual_block_with_a_last_layer_of_zeros_is_the_identity(generator):
     block = made(ResidualBlock, 8, 8)
     nn.init.zeros_(block.conv2.weight)
     nn.init.zeros_(block.conv2.bias)
@@ -83,12 +86,12 @@ def test_a_silent_residual_block_passes_its_input_on_untouched(generator):
 
 
 @pytest.mark.parametrize("sizes", [(12, 8), (8, 12), (0, 8), (8, -8), (3, 16)])
-def test_channels_that_no_group_norm_takes_are_refused(sizes):
+def test_channels_that_the_groups_do_not_divide_are_an_error(sizes):
     with pytest.raises(ValueError, match="multiples of 8, not"):
         ResidualBlock(*sizes)
 
 
-def test_a_residual_block_takes_other_groups_and_another_epsilon(generator):
+def test_a_residual_block_with_other_groups_and_another_epsilon(generator):
     block = made(ResidualBlock, 6, 3, 3, 0.5)
     x = torch.randn(2, 6, 5, 6, generator=generator, dtype=torch.float64)
     y = F.group_norm(x, 3, block.norm1.weight, block.norm1.bias, 0.5)
@@ -103,7 +106,7 @@ def test_a_residual_block_takes_other_groups_and_another_epsilon(generator):
 # ---------------------------------------------------------------- attention over places
 
 
-def test_spatial_attention_is_its_formula_place_by_place(generator):
+def test_spatial_attention_equals_its_formula_at_every_place(generator):
     layer = made(SpatialAttention, 6, 3, 0.5)
     x = torch.randn(2, 6, 2, 3, generator=generator, dtype=torch.float64)
     y = F.group_norm(x, 3, layer.norm.weight, layer.norm.bias, 0.5)
@@ -116,15 +119,15 @@ def test_spatial_attention_is_its_formula_place_by_place(generator):
     assert torch.allclose(layer(x), x + layer.out(mean), atol=1e-12)
 
 
-def test_spatial_attention_does_not_know_where_a_place_is(generator):
+def test_spatial_attention_is_equivariant_to_flips_and_transposition(generator):
     layer = made(SpatialAttention, 8)
     x = torch.randn(1, 8, 3, 4, generator=generator, dtype=torch.float64)
     assert torch.allclose(layer(x.mT), layer(x).mT, atol=1e-12)
     assert torch.allclose(layer(x.flip(3)), layer(x).flip(3), atol=1e-12)
 
 
-def test_of_spatial_attention_every_parameter_counts_but_the_keys_bias(generator):
-    # It adds the same to every score of a place, and the softmax forgets that.
+def test_spatial_attention_has_a_gradient_for_every_parameter_but_the_bias_of_the_keys(generator):
+    # It adds the same number to all scores of a place, and the softmax does not change.
     layer = made(SpatialAttention, 8)
     x = torch.randn(2, 8, 3, 3, generator=generator, dtype=torch.float64)
     layer(x).square().sum().backward()
@@ -132,7 +135,7 @@ def test_of_spatial_attention_every_parameter_counts_but_the_keys_bias(generator
         assert (parameter.grad.abs().max() > 1e-3) == (name != "k.bias"), name
 
 
-def test_channels_that_spatial_attention_cannot_group_are_refused():
+def test_channels_that_the_groups_of_spatial_attention_do_not_divide_are_an_error():
     for sizes, said in [((12,), "multiples of 8, not 12"), ((48, 32), "multiples of 32, not 48")]:
         with pytest.raises(ValueError, match=said):
             SpatialAttention(*sizes)
@@ -141,7 +144,7 @@ def test_channels_that_spatial_attention_cannot_group_are_refused():
 # ---------------------------------------------------------------- QuickGELU
 
 
-def test_quick_gelu_is_its_formula_and_nearly_the_gelu():
+def test_quick_gelu_equals_its_formula_and_approximates_the_gelu():
     x = torch.linspace(-6, 6, 241, dtype=torch.float64)
     y = QuickGELU()(x)
     assert torch.allclose(y, x / (1 + torch.exp(-1.702 * x)), atol=1e-12)
@@ -153,7 +156,7 @@ def test_quick_gelu_is_its_formula_and_nearly_the_gelu():
 # ---------------------------------------------------------------- KV cache
 
 
-def test_a_cache_gives_back_everything_so_far_in_order(generator, device):
+def test_a_cache_returns_all_keys_and_values_in_order(generator, device):
     keys, values = torch.randn(2, 2, 3, 6, 4, generator=generator).to(device)
     cache = KVCache(2, 3, 6, 4, like=keys)
     for start, end in ((0, 3), (3, 4), (4, 6)):
@@ -162,7 +165,7 @@ def test_a_cache_gives_back_everything_so_far_in_order(generator, device):
         assert cache.length == end
 
 
-def test_a_full_cache_says_so_and_stays_as_it_was():
+def test_a_full_cache_is_an_error_and_stays_unchanged():
     cache = KVCache(1, 1, 3, 2, like=torch.zeros(1))
     cache.extend(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
     with pytest.raises(ValueError, match="holds 3 tokens; 4 do not fit"):
@@ -173,15 +176,15 @@ def test_a_full_cache_says_so_and_stays_as_it_was():
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 4), (2, 1, 1, 4), (2, 3, 1, 5), (6, 3, 1, 4)])
-def test_a_cache_refuses_keys_of_another_batch_head_or_width(shape):
-    # A batch of 1 would be broadcast silently: one picture's past for all.
+def test_keys_of_another_batch_number_of_heads_or_dimension_are_an_error_for_a_cache(shape):
+    # A batch of 1 would be broadcast without an error: one picture's cache for all.
     cache = KVCache(2, 3, 6, 4, like=torch.zeros(1))
     with pytest.raises(ValueError, match=r"made for keys like \(2, 3, 6, 4\), not"):
         cache.extend(torch.zeros(shape), torch.zeros(shape))
     assert cache.length == 0
 
 
-def test_a_cache_takes_the_precision_that_comes():
+def test_a_cache_takes_the_precision_of_its_first_keys():
     cache = KVCache(1, 1, 2, 2, like=torch.zeros(1))
     half = torch.ones(1, 1, 1, 2, dtype=torch.bfloat16)
     for _ in range(2):
@@ -189,7 +192,7 @@ def test_a_cache_takes_the_precision_that_comes():
         assert keys.dtype == values.dtype == torch.bfloat16
 
 
-def test_a_cache_copies_what_it_is_given():
+def test_a_cache_copies_keys_and_values():
     keys, values = torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2)
     cache = KVCache(1, 1, 2, 2, like=nn.Parameter(torch.zeros(3)))
     assert not cache.keys.requires_grad
@@ -203,13 +206,13 @@ def test_a_cache_copies_what_it_is_given():
 # ---------------------------------------------------------------- attention
 
 
-def test_attention_is_equation_1(x):
+def test_attention_equals_equation_1_of_vaswani_et_al(x):
     layer = made(Attention, WIDTH, HEADS)
     everything = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
     assert torch.allclose(layer(x), attention_by_hand(layer, x, everything), atol=1e-12)
 
 
-def test_attention_without_a_mask_does_not_know_the_order(x):
+def test_attention_without_a_mask_is_equivariant_to_permutations(x):
     layer = made(Attention, WIDTH, HEADS)
     order = torch.tensor([3, 1, 4, 0, 2])
     assert torch.allclose(layer(x)[:, order], layer(x[:, order]), atol=1e-12)
@@ -220,7 +223,7 @@ def test_true_in_a_mask_is_where_attention_is_allowed(x, generator):
     mask = torch.rand(TOKENS, TOKENS, generator=generator) < 0.5
     mask.fill_diagonal_(True)
     assert torch.allclose(layer(x, mask), attention_by_hand(layer, x, mask), atol=1e-12)
-    assert torch.equal(looks_at(lambda x: layer(x, mask), x), mask)
+    assert torch.equal(depends_on(lambda x: layer(x, mask), x), mask)
 
 
 def test_a_mask_broadcasts_over_batch_heads_and_queries(x):
@@ -231,17 +234,17 @@ def test_a_mask_broadcasts_over_batch_heads_and_queries(x):
     assert torch.allclose(y[1:], layer(x[1:]), atol=1e-12)
 
 
-def test_causal_attention_looks_at_itself_and_backwards(x):
+def test_a_token_of_causal_attention_depends_on_itself_and_previous_tokens_only(x):
     layer = made(Attention, WIDTH, HEADS)
     backwards = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     y = layer(x, is_causal=True)
     assert torch.allclose(y, attention_by_hand(layer, x, backwards), atol=1e-12)
     assert torch.allclose(y, layer(x, backwards), atol=1e-12)
-    assert torch.equal(looks_at(lambda x: layer(x, is_causal=True), x), backwards)
+    assert torch.equal(depends_on(lambda x: layer(x, is_causal=True), x), backwards)
 
 
 @pytest.mark.parametrize("steps", [(1, 1, 1, 1, 1), (3, 2), (2, 1, 2), (5,)])
-def test_cached_causal_attention_is_causal_attention(x, steps, device):
+def test_cached_causal_attention_equals_causal_attention(x, steps, device):
     layer, x = made(Attention, WIDTH, HEADS).to(device), x.to(device)
     cache, parts = KVCache(BATCH, HEADS, TOKENS, WIDTH // HEADS, like=x), []
     with torch.no_grad():
@@ -251,7 +254,7 @@ def test_cached_causal_attention_is_causal_attention(x, steps, device):
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-12)
 
 
-def test_cached_attention_without_a_mask_sees_all_new_tokens_too(x):
+def test_cached_attention_without_a_mask_attends_to_all_new_tokens_too(x):
     layer = made(Attention, WIDTH, HEADS)
     cache = KVCache(BATCH, HEADS, TOKENS, WIDTH // HEADS, like=x)
     with torch.no_grad():
@@ -260,7 +263,7 @@ def test_cached_attention_without_a_mask_sees_all_new_tokens_too(x):
         assert torch.allclose(late, layer(x)[:, 2:], atol=1e-12)
 
 
-def test_a_cached_mask_counts_the_tokens_seen_in_all(x, generator):
+def test_a_mask_with_a_cache_covers_cached_and_new_tokens(x, generator):
     layer = made(Attention, WIDTH, HEADS)
     mask = (torch.rand(TOKENS, TOKENS, generator=generator) < 0.5).tril()
     mask.fill_diagonal_(True)
@@ -281,7 +284,7 @@ def test_attention_caches_half_precision_under_autocast(x):
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=0.1)
 
 
-def test_a_mask_and_causality_together_are_refused(x):
+def test_a_mask_together_with_is_causal_is_an_error(x):
     with pytest.raises(ValueError, match="not both"):
         made(Attention, WIDTH, HEADS)(
             x, torch.ones(TOKENS, TOKENS, dtype=torch.bool), is_causal=True
@@ -289,17 +292,17 @@ def test_a_mask_and_causality_together_are_refused(x):
 
 
 @pytest.mark.parametrize("sizes", [(12, 5), (12, 0), (12, -3), (3, 4)])
-def test_a_width_that_heads_cannot_share_is_refused(sizes):
-    with pytest.raises(ValueError, match=r"width \(\d+\) must be a multiple of the heads"):
+def test_a_dimension_that_num_heads_does_not_divide_is_an_error(sizes):
+    with pytest.raises(ValueError, match=r"dim \(\d+\) must be a multiple of num_heads"):
         Attention(*sizes)
-    with pytest.raises(ValueError, match="multiple of the heads"):
+    with pytest.raises(ValueError, match="multiple of num_heads"):
         TransformerBlock(*sizes)
 
 
 # ---------------------------------------------------------------- Transformer block
 
 
-def test_a_transformer_block_normalises_first_and_adds_twice(x):
+def test_a_transformer_block_is_two_residual_branches_with_the_normalisation_first(x):
     block = made(TransformerBlock, WIDTH, HEADS)
     middle = x + block.attention(block.norm1(x))
     first, _, second = block.mlp
@@ -308,7 +311,7 @@ def test_a_transformer_block_normalises_first_and_adds_twice(x):
     assert torch.allclose(block(x), middle + second(hidden), atol=1e-12)
 
 
-def test_a_transformer_block_takes_another_activation(x):
+def test_a_transformer_block_with_another_activation(x):
     block = made(TransformerBlock, WIDTH, HEADS)
     quick = made(TransformerBlock, WIDTH, HEADS, QuickGELU())
     assert quick.state_dict().keys() == block.state_dict().keys()
@@ -321,7 +324,7 @@ def test_a_transformer_block_takes_another_activation(x):
     assert not torch.allclose(quick(x), block(x), atol=1e-3)
 
 
-def test_a_stack_of_causal_blocks_never_looks_ahead(x):
+def test_a_stack_of_causal_blocks_depends_on_no_later_token(x):
     torch.manual_seed(0)
     blocks = [made(TransformerBlock, WIDTH, HEADS) for _ in range(3)]
 
@@ -331,10 +334,10 @@ def test_a_stack_of_causal_blocks_never_looks_ahead(x):
         return x
 
     backwards = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
-    assert torch.equal(looks_at(stack, x), backwards)
+    assert torch.equal(depends_on(stack, x), backwards)
 
 
-def test_a_cached_stack_of_blocks_is_the_stack(x):
+def test_a_stack_of_blocks_with_caches_equals_the_stack_without(x):
     blocks = [made(TransformerBlock, WIDTH, HEADS) for _ in range(2)]
     caches = [KVCache(BATCH, HEADS, TOKENS, WIDTH // HEADS, like=x) for _ in blocks]
     parts, whole = [], x
@@ -348,17 +351,17 @@ def test_a_cached_stack_of_blocks_is_the_stack(x):
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-12)
 
 
-def test_a_block_hands_its_mask_to_attention(x, generator):
+def test_a_block_passes_its_mask_to_attention(x, generator):
     block = made(TransformerBlock, WIDTH, HEADS)
     mask = torch.rand(TOKENS, TOKENS, generator=generator) < 0.5
     mask.fill_diagonal_(True)
-    assert torch.equal(looks_at(lambda x: block(x, mask), x), mask)
+    assert torch.equal(depends_on(lambda x: block(x, mask), x), mask)
 
 
-# ---------------------------------------------------------------- manners
+# ---------------------------------------------------------------- arguments and gradients
 
 
-def test_no_brick_changes_its_arguments(x, generator):
+def test_no_layer_changes_its_arguments(x, generator):
     picture = torch.randn(2, 8, 4, 4, generator=generator, dtype=torch.float64)
     mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     cache = KVCache(BATCH, HEADS, TOKENS, WIDTH // HEADS, like=x)
@@ -374,15 +377,76 @@ def test_no_brick_changes_its_arguments(x, generator):
 
 
 @pytest.mark.parametrize(
-    "brick, shape",
+    "make, shape",
     [
         (lambda: ResidualBlock(8, 16), (2, 8, 4, 4)),
         (lambda: Attention(WIDTH, HEADS), (2, 5, WIDTH)),
         (lambda: TransformerBlock(WIDTH, HEADS), (2, 5, WIDTH)),
     ],
 )
-def test_every_parameter_gets_a_gradient(brick, shape, generator):
-    brick = brick()
-    brick(torch.randn(shape, generator=generator)).square().sum().backward()
-    for name, parameter in brick.named_parameters():
+def test_every_parameter_gets_a_gradient(make, shape, generator):
+    layer = make()
+    layer(torch.randn(shape, generator=generator)).square().sum().backward()
+    for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+# ---------------------------------------------------------------- the two guards
+
+
+def test_the_float32_guard_widens_half_precision_and_keeps_float64():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert at_least_float32(torch.ones(2, dtype=dtype)).dtype == torch.float32
+    x = torch.ones(2, dtype=torch.float64)
+    assert at_least_float32(x) is x
+
+
+def picture(*sizes, value=0.0, dtype=torch.float32):
+    return torch.full(sizes, value, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_pictures_of_any_floating_type_are_accepted(dtype):
+    for value in (-1.0, 0.0, 1.0):
+        check_pictures(picture(2, 3, 8, 8, value=value, dtype=dtype), 8)
+    check_pictures(picture(2, 3, 8, 16, dtype=dtype), multiple_of=4)
+
+
+def test_pixels_may_leave_the_range_by_a_small_tolerance():
+    assert RANGE_TOLERANCE == 1e-3
+    for sign in (-1, 1):
+        check_pictures(picture(1, 3, 4, 4, value=sign * 1.0009, dtype=torch.float64), 4)
+        with pytest.raises(ValueError, match="Pixels go from −1 to 1"):
+            check_pictures(picture(1, 3, 4, 4, value=sign * 1.0011, dtype=torch.float64), 4)
+
+
+@pytest.mark.parametrize("wrong", [1.5, -1.5, math.nan, math.inf, -math.inf])
+def test_one_pixel_out_of_range_is_an_error(wrong):
+    x = picture(2, 3, 8, 8)
+    x[1, 2, 7, 3] = wrong
+    with pytest.raises(ValueError, match=r"Pixels go from −1 to 1; these go from .*x / 127\.5 − 1"):
+        check_pictures(x, 8)
+
+
+@pytest.mark.parametrize(
+    "x, options, message",
+    [
+        (picture(3, 8, 8), {}, r"\(B, 3, H, W\) .*this is torch\.float32 of shape \(3, 8, 8\)"),
+        (picture(2, 1, 8, 8), {}, r"\(B, 3, H, W\)"),
+        (picture(2, 3, 8, 8, dtype=torch.uint8), {}, "this is torch.uint8"),
+        (picture(2, 3, 8, 4), {"resolution": 8}, r"\(B, 3, 8, 8\)"),
+        (picture(2, 3, 8, 6), {"multiple_of": 4}, "multiples of 4, not 8 × 6"),
+        (picture(2, 3, 0, 8), {"multiple_of": 4}, "no pixel"),
+    ],
+)
+def test_tensors_that_are_no_pictures_are_an_error(unchecked, x, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_pictures(x, **options)
+
+
+def test_an_empty_batch_of_pictures_is_accepted_and_no_picture_is_changed():
+    check_pictures(picture(0, 3, 8, 8), 8)
+    check_pictures(picture(0, 3, 8, 8), multiple_of=4)
+    x = torch.rand(2, 3, 8, 8, requires_grad=True)
+    before = x.detach().clone()
+    assert check_pictures(x, 8) is None and torch.equal(x, before)

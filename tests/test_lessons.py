@@ -19,14 +19,15 @@ from t2ilearn.data import TinyShapes
 from t2ilearn.lessons import budget, check, exercise, ledger, quiz, show_quiz
 from t2ilearn.lessons.exercises import FOLDER, Code, Exercise, exercises, judge
 from t2ilearn.lessons.quizzes import Question
-from t2ilearn.prior import PriorConfig, TransformerPrior, prior_loss
-from t2ilearn.vqvae import VQVAE, VectorQuantizer, VQVAEConfig, VQVAELoss, vqvae_loss
+from t2ilearn.models.quantizers import VectorQuantizer
+from t2ilearn.models.transformer import PriorConfig, TransformerPrior, prior_loss
+from t2ilearn.models.vqvae import VQVAE, VQVAEConfig, VQVAELoss, vqvae_loss
 
 CHAPTERS = (1, 2, 3, 4, 5)
 ALL = [task for chapter in CHAPTERS for task in exercises(chapter)]
 SLIPS = [pytest.param(task, name, id=f"{task.id}-{name}") for task in ALL for name in task.slips]
 SMALL = VQVAEConfig(
-    resolution=32, channels=(16, 32), blocks=1, codes=64, code_dim=8, quantizer="gradient"
+    resolution=32, channels=(16, 32), blocks=1, codebook_size=64, code_dim=8, quantizer="gradient"
 )
 TRUE = {"reconstruction": "encoder decoder", "codebook": "codebook", "commitment": "encoder"}
 
@@ -144,10 +145,17 @@ def test_predictions_with_wrong_names_say_which():
 
 def test_a_ledger_of_any_model_and_of_chosen_parts():
     torch.manual_seed(0)
-    prior = TransformerPrior(PriorConfig(codes=16, side=2, width=8, depth=1, heads=2))
+    prior = TransformerPrior(
+        PriorConfig(codebook_size=16, side=2, dim=8, num_layers=1, num_heads=2)
+    )
     codes = torch.randint(16, (3, 4))
     loss = prior_loss(prior(codes), codes)
-    assert ledger(prior, loss).moved("cross_entropy") == {"code_embedding", "blocks", "norm", "own"}
+    assert ledger(prior, loss).moved("cross_entropy") == {
+        "image_embedding",
+        "blocks",
+        "norm",
+        "own",
+    }
     chosen = ledger(prior, loss, {"blocks": prior.blocks, "start": [prior.start]})
     assert chosen.parts == ("blocks", "start") and chosen["cross_entropy", "start"].moves
 

@@ -11,18 +11,18 @@ import torch
 from t2ilearn.data import TinyShapes
 from t2ilearn.lessons import exercise, ledger
 from t2ilearn.lessons.exercises import judge
-from t2ilearn.vqgan import (
+from t2ilearn.models.lpips import perceptual_distance
+from t2ilearn.models.vqgan import (
     VQGAN,
-    Critic,
-    CriticConfig,
-    Objective,
-    Players,
+    Discriminator,
+    DiscriminatorConfig,
+    VQGANLossConfig,
+    VQGANWithDiscriminator,
+    generator_loss,
     hinge_loss,
-    perceptual_distance,
-    persuasion,
     vqgan_loss,
 )
-from t2ilearn.vqvae import VQVAEConfig
+from t2ilearn.models.vqvae import VQVAEConfig
 
 TRUE = {
     "pixels": "encoder decoder",
@@ -30,7 +30,7 @@ TRUE = {
     "codebook": "codebook",
     "commitment": "encoder",
     "adversarial": "encoder decoder",
-    "critic": "critic",
+    "discriminator": "discriminator",
 }
 
 
@@ -61,9 +61,9 @@ def lambda_of_max(pictures, adversarial, decoder):
     return torch.minimum(a / max(b, 1e-4), torch.tensor(1e4))
 
 
-def losses_with_no_cut(critic, x, drawn):
-    fake = critic(drawn)
-    return -fake.mean(), hinge_loss(critic(x), fake).total
+def losses_with_no_cut(discriminator, x, drawn):
+    fake = discriminator(drawn)
+    return -fake.mean(), hinge_loss(discriminator(x), fake).total
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,21 @@ def test_mistakes_are_found_by_what_they_do(number, answer, said):
     ("number", "answer"),
     [
         ("4.1", lambda real, fake: hinge_loss(real, fake).total),
-        ("4.2", persuasion),
-        ("4.3", lambda levels: CriticConfig(4, levels).patch),
-        ("4.4", lambda p, start, warm: Objective(start=start, warm=warm).say(float(p))),
+        ("4.2", generator_loss),
+        ("4.3", lambda levels: DiscriminatorConfig(4, levels).patch),
+        (
+            "4.4",
+            lambda p, start, warm: VQGANLossConfig(disc_start=start, disc_warmup=warm).say(
+                float(p)
+            ),
+        ),
         ("4.5", perceptual_distance),
         (
             "4.7",
-            lambda D, x, y: (persuasion(D.frozen(y)), hinge_loss(D(x), D(y.detach())).total),
+            lambda D, x, y: (
+                generator_loss(D.with_frozen_weights(y)),
+                hinge_loss(D(x), D(y.detach())).total,
+            ),
         ),
     ],
 )
@@ -108,16 +116,23 @@ def test_the_packages_own_functions_are_right_answers(number, answer):
 # ---------------------------------------------------------------- the ledger of two players
 
 
-def pair(quantizer: str) -> Players:
+def pair(quantizer: str) -> VQGANWithDiscriminator:
     torch.manual_seed(0)
     sizes = VQVAEConfig(
-        resolution=32, channels=(16, 32), blocks=1, codes=64, code_dim=8, quantizer=quantizer
+        resolution=32,
+        channels=(16, 32),
+        blocks=1,
+        codebook_size=64,
+        code_dim=8,
+        quantizer=quantizer,
     )
 
     def distance(x, y):
         return perceptual_distance(lambda z: [z, z[..., ::2, ::2]], x, y)
 
-    return Players(VQGAN(sizes), Critic(CriticConfig(4, 1)), Objective(), distance)
+    return VQGANWithDiscriminator(
+        VQGAN(sizes), Discriminator(DiscriminatorConfig(4, 1)), VQGANLossConfig(), distance
+    )
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +145,7 @@ def test_the_whole_ledger_of_a_vqgan(quantizer, x):
     players = pair(quantizer)
     book = ledger(players, players(x, 1.0))
     assert book.terms == tuple(TRUE)
-    assert book.parts == ("encoder", "codebook", "decoder", "critic")
+    assert book.parts == ("encoder", "codebook", "decoder", "discriminator")
     wanted = {term: set(parts.split()) for term, parts in TRUE.items()}
     if quantizer == "ema":
         wanted["codebook"] = set()
@@ -140,17 +155,17 @@ def test_the_whole_ledger_of_a_vqgan(quantizer, x):
     assert book.matches(wanted).right and len(book.cells) == 24
 
 
-def test_before_its_time_the_critic_neither_learns_nor_is_heard(x):
+def test_before_its_time_the_discriminator_neither_learns_nor_is_heard(x):
     players = pair("gradient")
     early, alone = (ledger(players, players(x, at)) for at in (0.1, 0.42))
-    assert early.moved("critic") == early.moved("adversarial") == set()
-    assert alone.moved("critic") == {"critic"} and alone.moved("adversarial") == set()
+    assert early.moved("discriminator") == early.moved("adversarial") == set()
+    assert alone.moved("discriminator") == {"discriminator"} and alone.moved("adversarial") == set()
     (sentence,) = alone.matches(TRUE | {"adversarial": "decoder"}).wrong
     assert "adversarial term does not move the decoder: the term is a constant here" in sentence
 
 
 @pytest.mark.parametrize("term", TRUE)
-@pytest.mark.parametrize("part", ["encoder", "codebook", "decoder", "critic"])
+@pytest.mark.parametrize("part", ["encoder", "codebook", "decoder", "discriminator"])
 def test_every_wrong_cell_is_told_why(term, part, x):
     players = pair("gradient")
     book = ledger(players, players(x, 1.0))
@@ -163,25 +178,33 @@ def test_every_wrong_cell_is_told_why(term, part, x):
 def test_whoever_forgets_to_detach_finds_it_in_the_ledger(x):
     players = pair("gradient")
     step, drawn = players(x, 1.0), players.generator(x).reconstruction
-    leaky = hinge_loss(players.critic(x), players.critic(drawn)).total
-    book = ledger(players, step._replace(critic=leaky))
+    leaky = hinge_loss(players.discriminator(x), players.discriminator(drawn)).total
+    book = ledger(players, step._replace(discriminator=leaky))
     wrong = book.matches(TRUE).wrong
     assert wrong == [
-        f"The critic term moves the {part}: a gradient arrives." for part in ("encoder", "decoder")
+        f"The discriminator term moves the {part}: a gradient arrives."
+        for part in ("encoder", "decoder")
     ]
-    praising = ledger(players, step._replace(adversarial=persuasion(players.critic(drawn))))
+    praising = ledger(
+        players, step._replace(adversarial=generator_loss(players.discriminator(drawn)))
+    )
     assert praising.matches(TRUE).wrong == [
-        "The adversarial term moves the critic: a gradient arrives."
+        "The adversarial term moves the discriminator: a gradient arrives."
     ]
 
 
 def test_the_models_own_loss_has_the_same_reasons(x):
     players = pair("gradient")
-    G, D = players.generator, players.critic
+    G, D = players.generator, players.discriminator
     output = G(x)
     seen = players.distance(x, output.reconstruction)
     terms = vqgan_loss(
-        x, output, seen, persuasion(D.frozen(output.reconstruction)), 0.5, Objective()
+        x,
+        output,
+        seen,
+        generator_loss(D.with_frozen_weights(output.reconstruction)),
+        0.5,
+        VQGANLossConfig(),
     )
     book = ledger(G, terms)
     assert book.parts == ("encoder", "codebook", "decoder")

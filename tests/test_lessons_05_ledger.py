@@ -3,24 +3,27 @@
 import pytest
 import torch
 
-from t2ilearn.dalle import DALLE, DVAE, DVAEConfig, dalle_loss, dvae_loss, gumbel_noise
 from t2ilearn.data import TinyShapes
 from t2ilearn.lessons import ledger
-from t2ilearn.prior import PriorConfig
-from t2ilearn.tokens import END, NULL, PAD
+from t2ilearn.models.dalle import DALLE, dalle_loss
+from t2ilearn.models.dvae import DVAE, DVAEConfig, dvae_loss, gumbel_noise
+from t2ilearn.models.tokens import END, NULL, PAD
+from t2ilearn.models.transformer import PriorConfig
 
 DVAE_TRUTH = {"reconstruction": "encoder codebook decoder", "divergence": "encoder"}
 STREAM_TRUTH = {
-    "words": "word_embedding blocks",
-    "picture": "word_embedding padding code_embedding places blocks",
+    "words": "text_embedding blocks",
+    "picture": "text_embedding padding image_embedding places blocks",
 }
-PARTS = ("word_embedding", "padding", "code_embedding", "places", "blocks")
+PARTS = ("text_embedding", "padding", "image_embedding", "places", "blocks")
 
 
 @pytest.fixture(scope="module")
 def dvae_book():
     torch.manual_seed(0)
-    model = DVAE(DVAEConfig(resolution=32, channels=(16, 32), blocks=1, codes=64, code_dim=8))
+    model = DVAE(
+        DVAEConfig(resolution=32, channels=(16, 32), blocks=1, codebook_size=64, code_dim=8)
+    )
     generator = torch.Generator().manual_seed(0)
     x = TinyShapes().sample(4, generator=generator).pictures
     return ledger(model, dvae_loss(x, model(x, 0.5, gumbel_noise((4, 64, 8, 8), generator))))
@@ -31,9 +34,9 @@ def stream_book(caption):
     model = DALLE(PriorConfig(16, 2, 8, 2, 2, vocabulary=12, text_length=5))
     codes = torch.randint(16, (len(caption), 4))
     parts = {
-        "word_embedding": model.word_embedding,
+        "text_embedding": model.text_embedding,
         "padding": [model.padding],
-        "code_embedding": model.code_embedding,
+        "image_embedding": model.image_embedding,
         "places": [model.row, model.column],
         "blocks": model.blocks,
     }
@@ -61,8 +64,8 @@ def test_the_ledger_of_a_stream(stream):
     assert book.terms == ("words", "picture") and book.parts == PARTS
     assert book.matches(STREAM_TRUTH).right
     assert book["words", "padding"].norm == 0 != book["picture", "padding"].norm
-    assert whole.parts == ("word_embedding", "code_embedding", "blocks", "norm", "own")
-    assert whole.moved("words") == {"word_embedding", "blocks", "norm", "own"}
+    assert whole.parts == ("text_embedding", "image_embedding", "blocks", "norm", "own")
+    assert whole.moved("words") == {"text_embedding", "blocks", "norm", "own"}
 
 
 def test_a_caption_that_says_nothing_moves_nothing_by_its_words():

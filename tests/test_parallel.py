@@ -41,7 +41,7 @@ from t2ilearn.tokens import END, PAD, null_caption
 
 torch.set_num_threads(1)
 CONFIG = TrainConfig(steps=4, batch_size=4, learning_rate=1e-2, warmup_steps=0, gradient_clip=0.5)
-CODES = {"resolution": 16, "channels": (8, 16), "blocks": 1, "codes": 12, "code_dim": 4}
+CODES = {"resolution": 16, "channels": (8, 16), "blocks": 1, "codebook_size": 12, "code_dim": 4}
 
 
 def pictures(generator):
@@ -55,7 +55,7 @@ def half(*parts):
 
 
 def train_vqvae(folder, quantizer):
-    model = vqvae.VQVAE(vqvae.VQVAEConfig(**CODES, quantizer=quantizer)).double()
+    model = vqvae.VQVAE.from_config(vqvae.VQVAEConfig(**CODES, quantizer=quantizer)).double()
 
     def make_batch(step, _):
         return *half(pictures(torch.Generator().manual_seed(step))), step > 0
@@ -67,10 +67,10 @@ def train_vqvae(folder, quantizer):
     def after_step(model, batch, step, generator):
         book = model.quantizer
         if step == 0:
-            model.kmeans_start(batch[0], generator)
+            model.kmeans_init(batch[0], generator)
         if step == 1:
             book.counts[3:8] = 0.0
-            assert model.revive(batch[0], generator) >= 5
+            assert model.restart_dead_codes(batch[0], generator) >= 5
         book.register_buffer(f"book_{step}", book.codebook.detach().clone(), persistent=False)
         seen[f"book_{step}"] = book.codebook.detach().clone()
 

@@ -32,7 +32,7 @@ def small(kind, captions=True, **sizes):
     """A prior in float64 with weights so large that whatever can be heard is heard."""
     torch.manual_seed(0)
     words = {"vocabulary": VOCABULARY, "text_length": WORDS} if captions else {}
-    config = {"codes": K, "side": SIDE, "width": 16, "depth": 3, "heads": 2, **words, **sizes}
+    config = {"codebook_size": K, "side": SIDE, "dim": 16, "num_layers": 3, "num_heads": 2, **words, **sizes}
     model = kind(PriorConfig(**config)).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,7 +41,7 @@ def small(kind, captions=True, **sizes):
 
 
 @pytest.fixture
-def codes(generator):
+def indices(generator):
     return torch.randint(K, (3, N), generator=generator)
 
 
@@ -64,7 +64,7 @@ def given(captions, caption):
         ({"heads": 0}, "width 16 must be a multiple of heads 0"),
         ({"heads": 3}, "width 16 must be a multiple of heads 3"),
         ({"width": 0}, "width 0 must be"),
-        ({"codes": 1}, "Two codes"),
+        ({"codebook_size": 1}, "Two codes"),
         ({"side": 0}, "side of one"),
         ({"depth": 0}, "one block"),
         ({"vocabulary": -1}, "the least"),
@@ -72,7 +72,7 @@ def given(captions, caption):
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(wrong, said):
-    sizes = {"codes": K, "side": SIDE, "width": 16, "depth": 2, "heads": 2}
+    sizes = {"codebook_size": K, "side": SIDE, "dim": 16, "num_layers": 2, "num_heads": 2}
     with pytest.raises(ValueError, match=said):
         PriorConfig(**{**sizes, **wrong})
 
@@ -87,20 +87,20 @@ def test_a_config_counts_codes_and_words_and_cannot_be_changed():
 
 @BOTH
 @pytest.mark.parametrize("captions", [True, False])
-def test_there_are_logits_for_every_code(kind, captions, codes, caption):
+def test_there_are_logits_for_every_code(kind, captions, indices, caption):
     model = small(kind, captions)
-    logits = model(codes, given(captions, caption))
+    logits = model(indices, given(captions, caption))
     assert logits.shape == (3, N, K)
     for n in (1, 2, 9):  # a beginning gets the logits it has in the whole
-        part = model(codes[:, :n], given(captions, caption))
+        part = model(indices[:, :n], given(captions, caption))
         assert torch.allclose(part, logits[:, :n], atol=1e-12)
 
 
 @BOTH
-def test_every_parameter_learns(kind, codes, caption):
+def test_every_parameter_learns(kind, indices, caption):
     torch.manual_seed(0)
     model = kind(small(kind).config)
-    prior_loss(model(codes, caption), codes).total.backward()
+    prior_loss(model(indices, caption), indices).total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
 
@@ -108,29 +108,29 @@ def test_every_parameter_learns(kind, codes, caption):
 # ---------------------------------------------------------------- what looks at what
 
 
-def hears(model, codes, caption=None):
+def hears(model, indices, caption=None):
     """(N, N) booleans: do the logits of code i change when code j is another?"""
-    n = codes.shape[1]
-    variants = codes[:1].repeat(n, 1)
+    n = indices.shape[1]
+    variants = indices[:1].repeat(n, 1)
     variants[range(n), range(n)] = (variants[range(n), range(n)] + 1) % K
     caption = None if caption is None else caption[:1]
     with torch.no_grad():
-        before = model(codes[:1], caption)
+        before = model(indices[:1], caption)
         after = model(variants, None if caption is None else caption.expand(n, -1))
     return ((after - before).abs().amax(-1) > 1e-11).T
 
 
 @BOTH
 @pytest.mark.parametrize("captions", [True, False])
-def test_each_code_hears_of_all_before_it_and_of_none_after(kind, captions, codes, caption):
+def test_each_code_hears_of_all_before_it_and_of_none_after(kind, captions, indices, caption):
     earlier = torch.ones(N, N, dtype=torch.bool).tril(-1)
-    assert torch.equal(hears(small(kind, captions), codes, given(captions, caption)), earlier)
+    assert torch.equal(hears(small(kind, captions), indices, given(captions, caption)), earlier)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_a_pixelcnn_of_any_depth_never_looks_ahead(depth, generator):
-    codes = torch.randint(K, (1, 36), generator=generator)
-    heard = hears(small(PixelCNN, captions=False, side=6, depth=depth), codes)
+    indices = torch.randint(K, (1, 36), generator=generator)
+    heard = hears(small(PixelCNN, captions=False, side=6, depth=depth), indices)
     assert not heard.triu().any()
     # The blind spot of a single masked stack is up and to the right; two stacks have none.
     row, column = (torch.arange(36) // 6), torch.arange(36) % 6
@@ -143,17 +143,17 @@ def test_a_pixelcnn_of_any_depth_never_looks_ahead(depth, generator):
 
 
 @BOTH
-def test_gradients_agree_that_nothing_looks_ahead(kind, codes, caption):
+def test_gradients_agree_that_nothing_looks_ahead(kind, indices, caption):
     # By way of the embedded codes, in case two codes should happen to say the same.
     model, seen = small(kind), []
-    weight = model.code_embedding.weight.detach()
+    weight = model.image_embedding.weight.detach()
 
     def embed(module, inputs, output):
         seen.append(weight[inputs[0]].clone().requires_grad_())
         return seen[-1]
 
-    model.code_embedding.register_forward_hook(embed)
-    logits = model(codes[:1], caption[:1])
+    model.image_embedding.register_forward_hook(embed)
+    logits = model(indices[:1], caption[:1])
     for i in range(N):
         (gradient,) = torch.autograd.grad(logits[0, i].sum(), seen[0], retain_graph=True)
         strength = gradient[0].abs().sum(-1).flatten()
@@ -162,22 +162,22 @@ def test_gradients_agree_that_nothing_looks_ahead(kind, codes, caption):
 
 
 @BOTH
-def test_every_code_hears_every_word(kind, codes, caption):
+def test_every_code_hears_every_word(kind, indices, caption):
     model = small(kind)
-    before = model(codes[:1], caption[:1])
+    before = model(indices[:1], caption[:1])
     for place in range(WORDS - 1):
         other = caption[:1].clone()
         other[0, place] = 9
-        assert ((model(codes[:1], other) - before).abs().amax(-1) > 1e-9).all()
+        assert ((model(indices[:1], other) - before).abs().amax(-1) > 1e-9).all()
 
 
-def test_words_read_each_other_in_both_directions_and_no_codes(codes, caption):
+def test_words_read_each_other_in_both_directions_and_no_codes(indices, caption):
     model, seen = small(TransformerPrior), []
     model.blocks[0].register_forward_hook(lambda _, inputs, output: seen.append(output[0, :WORDS]))
     other = caption.clone()
     other[:, 3] = 9
     with torch.no_grad():
-        for words, picture in ((caption, codes), (other, codes), (caption, (codes + 1) % K)):
+        for words, picture in ((caption, indices), (other, indices), (caption, (indices + 1) % K)):
             model(picture, words)
     before, other_word, other_codes = seen
     assert ((other_word - before).abs().amax(-1) > 1e-6).all()
@@ -185,56 +185,56 @@ def test_words_read_each_other_in_both_directions_and_no_codes(codes, caption):
 
 
 @BOTH
-def test_pictures_of_a_batch_do_not_hear_of_each_other(kind, codes, caption):
+def test_pictures_of_a_batch_do_not_hear_of_each_other(kind, indices, caption):
     model = small(kind)
-    together = model(codes, caption)
+    together = model(indices, caption)
     for i in range(3):
-        alone = model(codes[i : i + 1], caption[i : i + 1])
+        alone = model(indices[i : i + 1], caption[i : i + 1])
         assert torch.allclose(alone, together[i : i + 1], atol=1e-12)
 
 
 @BOTH
-def test_padding_is_never_heard(kind, codes, caption):
+def test_padding_is_never_heard(kind, indices, caption):
     model = small(kind)
-    before = model(codes, caption)
+    before = model(indices, caption)
     with torch.no_grad():
-        model.word_embedding.weight[PAD] = torch.randn(16)
+        model.text_embedding.weight[PAD] = torch.randn(16)
         model.position[3:5] = torch.randn(2, 16)  # the third caption's padding, the first's words
-    after = model(codes, caption)
+    after = model(indices, caption)
     assert torch.allclose(after[2], before[2], atol=1e-12)
     assert not torch.allclose(after[0], before[0], atol=1e-3)
 
 
 @BOTH
-def test_padding_gets_no_gradient(kind, codes, caption):
+def test_padding_gets_no_gradient(kind, indices, caption):
     model = small(kind)
-    prior_loss(model(codes[2:], caption[2:]), codes[2:]).total.backward()
-    assert not model.word_embedding.weight.grad[PAD].any()
+    prior_loss(model(indices[2:], caption[2:]), indices[2:]).total.backward()
+    assert not model.text_embedding.weight.grad[PAD].any()
     assert not model.position.grad[3:WORDS].any() and model.position.grad[:3].all()
 
 
 @BOTH
-def test_a_caption_is_no_bag_of_words(kind, codes, caption):
+def test_a_caption_is_no_bag_of_words(kind, indices, caption):
     model, swapped = small(kind), caption.clone()
     swapped[:, [0, 1]] = caption[:, [1, 0]]
-    difference = (model(codes, swapped) - model(codes, caption)).abs().amax((1, 2))
+    difference = (model(indices, swapped) - model(indices, caption)).abs().amax((1, 2))
     assert (difference > 0.01).all()
 
 
 @BOTH
 def test_positions_do_not_whisper_at_the_start(kind):
     torch.manual_seed(0)
-    model = kind(PriorConfig(codes=64, width=64, heads=2, depth=1, vocabulary=64, text_length=16))
-    ratio = model.position.std() / model.word_embedding.weight.std()
+    model = kind(PriorConfig(codebook_size=64, dim=64, num_heads=2, num_layers=1, vocabulary=64, text_length=16))
+    ratio = model.position.std() / model.text_embedding.weight.std()
     assert 0.9 < ratio.item() < 1.1
 
 
-def test_the_transformer_has_one_matrix_for_codes_in_and_out(codes, caption):
+def test_the_transformer_has_one_matrix_for_codes_in_and_out(indices, caption):
     model = small(TransformerPrior)
-    before = model(codes[:, :1], caption)  # of the first code, which no code comes before
+    before = model(indices[:, :1], caption)  # of the first code, which no code comes before
     with torch.no_grad():
-        model.code_embedding.weight[4] *= 2
-    after = model(codes[:, :1], caption)
+        model.image_embedding.weight[4] *= 2
+    after = model(indices[:, :1], caption)
     assert torch.allclose(after[..., 4], 2 * before[..., 4], atol=1e-12)
     others = [k for k in range(K) if k != 4]
     assert torch.allclose(after[..., others], before[..., others], atol=1e-12)
@@ -243,26 +243,26 @@ def test_the_transformer_has_one_matrix_for_codes_in_and_out(codes, caption):
 # ---------------------------------------------------------------- loss and captions
 
 
-def test_the_loss_is_the_mean_of_minus_log_p(codes, generator):
+def test_the_loss_is_the_mean_of_minus_log_p(indices, generator):
     logits = 3 * torch.randn(3, N, K, generator=generator)
     by_hand = 0.0
     for b, i in itertools.product(range(3), range(N)):
         p = logits[b, i].double().exp()
-        by_hand -= math.log(p[codes[b, i]] / p.sum()) / (3 * N)
-    loss = prior_loss(logits, codes)
+        by_hand -= math.log(p[indices[b, i]] / p.sum()) / (3 * N)
+    loss = prior_loss(logits, indices)
     assert loss.total.item() == pytest.approx(by_hand, abs=1e-6)
     assert loss.cross_entropy == loss.total
 
 
-def test_a_model_that_knows_nothing_pays_the_logarithm_of_k(codes):
-    assert prior_loss(torch.zeros(3, N, K), codes).total.item() == pytest.approx(math.log(K))
+def test_a_model_that_knows_nothing_pays_the_logarithm_of_k(indices):
+    assert prior_loss(torch.zeros(3, N, K), indices).total.item() == pytest.approx(math.log(K))
 
 
-def test_the_loss_of_half_precision_is_taken_in_float32(codes, generator):
+def test_the_loss_of_half_precision_is_taken_in_float32(indices, generator):
     logits = (5 * torch.randn(3, N, K, generator=generator)).bfloat16()
-    loss = prior_loss(logits, codes).total
+    loss = prior_loss(logits, indices).total
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(prior_loss(logits.double(), codes).total.item(), abs=1e-6)
+    assert loss.item() == pytest.approx(prior_loss(logits.double(), indices).total.item(), abs=1e-6)
 
 
 def test_no_caption_is_a_caption_of_its_own():
@@ -290,9 +290,9 @@ def test_dropping_repeats_with_its_seed(device):
 
 
 @BOTH
-def test_no_caption_does_not_say_what_a_caption_says(kind, codes, caption):
+def test_no_caption_does_not_say_what_a_caption_says(kind, indices, caption):
     model = small(kind)
-    difference = model(codes, null_caption(3, WORDS)) - model(codes, caption)
+    difference = model(indices, null_caption(3, WORDS)) - model(indices, caption)
     assert (difference.abs().amax((1, 2)) > 0.01).all()
 
 
@@ -309,7 +309,7 @@ def probabilities(monkeypatch, logits, **how):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "multinomial", multinomial)
-        choose(logits, **how)
+        sample_from_logits(logits, **how)
     (p,) = seen
     return p
 
@@ -358,17 +358,17 @@ def test_the_temperature_comes_before_the_nucleus(monkeypatch):
 def test_draws_come_as_often_as_they_should(monkeypatch, how, generator):
     p = probabilities(monkeypatch, P[:1].log(), **how)[0]
     n = 8000
-    drawn = choose(P[:1].log().expand(n, -1), generator=generator, **how)
+    drawn = sample_from_logits(P[:1].log().expand(n, -1), generator=generator, **how)
     frequency = torch.bincount(drawn, minlength=4) / n
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
 
 
 def test_no_temperature_takes_the_likeliest(generator):
     logits = torch.randn(50, K, generator=generator)
-    assert torch.equal(choose(logits, temperature=0.0), logits.argmax(1))
-    assert torch.equal(choose(logits, temperature=0.0, top_p=0.1, top_k=2), logits.argmax(1))
-    assert torch.equal(choose(logits, top_k=1, generator=generator), logits.argmax(1))
-    assert torch.equal(choose(logits, temperature=1e-4, generator=generator), logits.argmax(1))
+    assert torch.equal(sample_from_logits(logits, temperature=0.0), logits.argmax(1))
+    assert torch.equal(sample_from_logits(logits, temperature=0.0, top_p=0.1, top_k=2), logits.argmax(1))
+    assert torch.equal(sample_from_logits(logits, top_k=1, generator=generator), logits.argmax(1))
+    assert torch.equal(sample_from_logits(logits, temperature=1e-4, generator=generator), logits.argmax(1))
 
 
 def test_choosing_repeats_with_its_seed_and_touches_nothing_else(device):
@@ -376,7 +376,7 @@ def test_choosing_repeats_with_its_seed_and_touches_nothing_else(device):
     before, state = logits.clone(), torch.random.get_rng_state()
     options = {"temperature": 0.9, "top_k": 5, "top_p": 0.9}
     a, b, c = (
-        choose(logits, **options, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+        sample_from_logits(logits, **options, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
     )
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert a.dtype == torch.int64 and a.device == logits.device
@@ -387,7 +387,7 @@ def test_what_is_impossible_is_never_drawn(generator):
     logits = torch.zeros(2000, 3)
     logits[:, 1] = -math.inf
     for how in ({}, {"top_k": 3}, {"top_p": 0.99}):
-        assert set(choose(logits, generator=generator, **how).tolist()) == {0, 2}
+        assert set(sample_from_logits(logits, generator=generator, **how).tolist()) == {0, 2}
 
 
 def test_half_precision_logits_are_chosen_from_in_float32(monkeypatch):
@@ -398,18 +398,18 @@ def test_half_precision_logits_are_chosen_from_in_float32(monkeypatch):
 # ---------------------------------------------------------------- drawing, one code after another
 
 
-def logits_while_drawing(monkeypatch, model, codes, caption, **how):
+def logits_while_drawing(monkeypatch, model, indices, caption, **how):
     """The logits behind each draw while exactly these codes are drawn: (B, steps, K)."""
     seen, first = [], how["start"].shape[1] if "start" in how else 0
 
     def forced(logits, *_):
         seen.append(logits)
-        return codes[:, first + len(seen) - 1]
+        return indices[:, first + len(seen) - 1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(prior, "choose", forced)
-        (*_, last) = sample_steps(model, caption, count=len(codes), **how)
-    assert torch.equal(last, codes)
+        patch.setattr(sampling, "sample_from_logits", forced)
+        (*_, last) = sample_steps(model, caption, count=len(indices), **how)
+    assert torch.equal(last, indices)
     return torch.stack(seen, dim=1)
 
 
@@ -417,12 +417,12 @@ def logits_while_drawing(monkeypatch, model, codes, caption, **how):
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.5])
 def test_guided_logits_are_u_plus_s_times_c_minus_u(
-    monkeypatch, kind, use_cache, scale, codes, caption
+    monkeypatch, kind, use_cache, scale, indices, caption
 ):
     model = small(kind)
-    c, u = model(codes, caption), model(codes, null_caption(3, WORDS))
+    c, u = model(indices, caption), model(indices, null_caption(3, WORDS))
     drawn = logits_while_drawing(
-        monkeypatch, model, codes, caption, guidance_scale=scale, use_cache=use_cache
+        monkeypatch, model, indices, caption, guidance_scale=scale, use_cache=use_cache
     )
     assert torch.allclose(drawn, u + scale * (c - u), atol=1e-10)
     assert (c - u).abs().max() > 0.01
@@ -433,23 +433,23 @@ def test_guided_logits_are_u_plus_s_times_c_minus_u(
 @pytest.mark.parametrize("captions", [True, False])
 @pytest.mark.parametrize("given_codes", [0, 1, 8, N - 1])
 def test_drawing_goes_on_from_a_start_as_if_it_had_been_drawn(
-    monkeypatch, kind, use_cache, captions, given_codes, codes, caption
+    monkeypatch, kind, use_cache, captions, given_codes, indices, caption
 ):
     model, caption = small(kind, captions), given(captions, caption)
-    start = codes[:, :given_codes]
+    start = indices[:, :given_codes]
     drawn = logits_while_drawing(
-        monkeypatch, model, codes, caption, start=start, use_cache=use_cache
+        monkeypatch, model, indices, caption, start=start, use_cache=use_cache
     )
-    assert torch.allclose(drawn, model(codes, caption)[:, given_codes:], atol=1e-10)
+    assert torch.allclose(drawn, model(indices, caption)[:, given_codes:], atol=1e-10)
 
 
 @BOTH
-def test_guided_completion_with_a_cache(monkeypatch, kind, codes, caption):
+def test_guided_completion_with_a_cache(monkeypatch, kind, indices, caption):
     model = small(kind)
-    c, u = model(codes, caption), model(codes, null_caption(3, WORDS))
-    start = codes[:, :6]
+    c, u = model(indices, caption), model(indices, null_caption(3, WORDS))
+    start = indices[:, :6]
     drawn = logits_while_drawing(
-        monkeypatch, model, codes, caption, start=start, guidance_scale=3.0
+        monkeypatch, model, indices, caption, start=start, guidance_scale=3.0
     )
     assert torch.allclose(drawn, (u + 3 * (c - u))[:, 6:], atol=1e-10)
 
@@ -493,7 +493,7 @@ def test_scale_one_is_the_conditional_and_scale_zero_the_unconditional_model(kin
 @BOTH
 def test_drawing_one_by_one_is_drawing_from_the_whole(kind):
     # All pictures of four codes out of two: their probabilities add to 1, and come that often.
-    model = small(kind, captions=False, codes=2, side=2)
+    model = small(kind, captions=False, codebook_size=2, side=2)
     everything = torch.tensor(list(itertools.product((0, 1), repeat=4)))
     with torch.no_grad():
         steps = model(everything).log_softmax(-1).gather(2, everything[..., None])[..., 0]
@@ -508,17 +508,17 @@ def test_drawing_one_by_one_is_drawing_from_the_whole(kind):
 
 
 @BOTH
-def test_the_likelihood_of_a_picture_is_its_loss_times_its_codes(kind, codes, caption):
+def test_the_likelihood_of_a_picture_is_its_loss_times_its_codes(kind, indices, caption):
     model = small(kind)
-    found = log_likelihood(model, codes, caption)
+    found = log_likelihood(model, indices, caption)
     for row in range(3):
-        q, c = codes[row : row + 1], caption[row : row + 1]
+        q, c = indices[row : row + 1], caption[row : row + 1]
         loss = prior_loss(model(q, c), q).total.item()
         assert found[row].item() == pytest.approx(-N * loss, rel=1e-5)
     assert found.unique().numel() == 3
     bare = small(kind, captions=False)
-    loss = prior_loss(bare(codes), codes).total.item()
-    assert log_likelihood(bare, codes).mean().item() == pytest.approx(-N * loss, rel=1e-5)
+    loss = prior_loss(bare(indices), indices).total.item()
+    assert log_likelihood(bare, indices).mean().item() == pytest.approx(-N * loss, rel=1e-5)
 
 
 @BOTH
@@ -534,8 +534,8 @@ def test_each_step_adds_one_code_and_the_last_is_the_sample(kind, caption):
 
 
 @BOTH
-def test_a_start_is_kept(kind, codes, caption, generator):
-    model, start = small(kind), codes[:, :7]
+def test_a_start_is_kept(kind, indices, caption, generator):
+    model, start = small(kind), indices[:, :7]
     before = start.clone()
     steps = list(sample_steps(model, caption, start=start, generator=generator))
     assert len(steps) == N - 7 and all(torch.equal(s[:, :7], before) for s in steps)
@@ -544,18 +544,18 @@ def test_a_start_is_kept(kind, codes, caption, generator):
 
 @BOTH
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_a_start_tells_how_many_pictures_there_are(kind, use_cache, codes, generator):
+def test_a_start_tells_how_many_pictures_there_are(kind, use_cache, indices, generator):
     model = small(kind, captions=False)
-    done = sample(model, start=codes[:, :7], generator=generator, use_cache=use_cache)
-    assert done.shape == (3, N) and torch.equal(done[:, :7], codes[:, :7])
+    done = sample(model, start=indices[:, :7], generator=generator, use_cache=use_cache)
+    assert done.shape == (3, N) and torch.equal(done[:, :7], indices[:, :7])
 
 
 def test_slips_are_as_many_as_stated_and_anything_may_take_a_place(generator):
-    codes = torch.full((4000, N), 3)
-    before = codes.clone()
-    heard = slip(codes, K, 0.4, generator)
-    assert torch.equal(codes, before) and torch.equal(slip(codes, K, 0.0, generator), codes)
-    wrong = (heard != codes).float()
+    indices = torch.full((4000, N), 3)
+    before = indices.clone()
+    heard = corrupt_tokens(indices, K, 0.4, generator)
+    assert torch.equal(indices, before) and torch.equal(corrupt_tokens(indices, K, 0.0, generator), indices)
+    wrong = (heard != indices).float()
     # A seventh of all slips lands on the right code again; each picture has a share of its own.
     assert wrong.mean().item() == pytest.approx(0.2 * (K - 1) / K, abs=0.01)
     assert wrong.mean(1).max() > 0.4 and (wrong.mean(1) == 0).float().mean() > 0.1
@@ -588,15 +588,15 @@ def test_drawing_repeats_with_its_seed_and_changes_nothing(kind, caption):
 
 
 @BOTH
-def test_models_and_losses_leave_their_arguments_alone(kind, codes, caption):
+def test_models_and_losses_leave_their_arguments_alone(kind, indices, caption):
     model = small(kind)
-    logits = model(codes, caption)
-    before = [t.clone() for t in (codes, caption, logits)]
-    model(codes, caption)
-    model.next_logits(codes[:, :4], caption)
-    model.next_logits(codes[:, :4], caption, model.new_caches(3))
-    prior_loss(logits, codes)
-    assert all(torch.equal(a, b) for a, b in zip(before, (codes, caption, logits), strict=True))
+    logits = model(indices, caption)
+    before = [t.clone() for t in (indices, caption, logits)]
+    model(indices, caption)
+    model.next_logits(indices[:, :4], caption)
+    model.next_logits(indices[:, :4], caption, model.new_caches(3))
+    prior_loss(logits, indices)
+    assert all(torch.equal(a, b) for a, b in zip(before, (indices, caption, logits), strict=True))
 
 
 @BOTH
@@ -617,7 +617,7 @@ def test_drawing_works_under_autocast(kind, caption, generator):
     assert drawn.shape == (3, N) and logits.isfinite().all()
 
 
-def test_a_cache_saves_the_transformer_work_and_the_pixelcnn_has_none(caption, codes):
+def test_a_cache_saves_the_transformer_work_and_the_pixelcnn_has_none(caption, indices):
     model, lengths = small(TransformerPrior), []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     sample(model, caption, generator=torch.Generator().manual_seed(0))
@@ -633,9 +633,9 @@ def test_a_cache_saves_the_transformer_work_and_the_pixelcnn_has_none(caption, c
 def test_a_prior_learns_eight_pictures_and_their_captions(kind):
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(32, (8, N), generator=generator)
+    indices = torch.randint(32, (8, N), generator=generator)
     caption = torch.stack(
-        [torch.randperm(VOCABULARY - 3, generator=generator)[:WORDS] for _ in codes]
+        [torch.randperm(VOCABULARY - 3, generator=generator)[:WORDS] for _ in indices]
     )
     caption[:, -1] = END - 3
     caption += 3
@@ -644,13 +644,13 @@ def test_a_prior_learns_eight_pictures_and_their_captions(kind):
     model = kind(PriorConfig(32, SIDE, 48, 2, 2, VOCABULARY, WORDS))
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(150):
-        loss = prior_loss(model(codes, caption), codes).total
+        loss = prior_loss(model(indices, caption), indices).total
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     assert loss.item() < 0.05  # from ln 32 = 3.5
     drawn = sample(model.eval(), caption, temperature=0.0, generator=generator)
-    assert (drawn == codes).float().mean() > 0.99
+    assert (drawn == indices).float().mean() > 0.99
 
 
 # ---------------------------------------------------------------- bad input
@@ -672,26 +672,26 @@ def word_ids(*shape):
         (word_ids(3, WORDS) - 4, "Word ids"),
     ],
 )
-def test_what_is_no_caption_is_refused(unchecked, kind, caption, said, codes, generator):
+def test_what_is_no_caption_is_refused(unchecked, kind, caption, said, indices, generator):
     model = small(kind)
     with pytest.raises(ValueError, match=said):
-        model(codes, caption)
+        model(indices, caption)
     with pytest.raises(ValueError, match=said):
         sample(model, caption, generator=generator)
 
 
 @BOTH
-def test_a_caption_where_none_belongs_is_refused(unchecked, kind, codes, caption, generator):
+def test_a_caption_where_none_belongs_is_refused(unchecked, kind, indices, caption, generator):
     model = small(kind, captions=False)
     with pytest.raises(ValueError, match="without captions: give none"):
-        model(codes, caption)
+        model(indices, caption)
     with pytest.raises(ValueError, match="without captions: give none"):
         sample(model, caption, generator=generator)
 
 
 @BOTH
 @pytest.mark.parametrize(
-    "codes, said",
+    "indices, said",
     [
         (torch.zeros(3, N + 1, dtype=torch.int64), "At most 16 codes"),
         (torch.zeros(3, SIDE, SIDE, dtype=torch.int64), "At most 16 codes"),
@@ -700,39 +700,39 @@ def test_a_caption_where_none_belongs_is_refused(unchecked, kind, codes, caption
         (torch.full((3, 4), -1), "from 0 to 6; these are -1"),
     ],
 )
-def test_what_are_no_codes_is_refused(unchecked, kind, codes, said, caption, generator):
+def test_what_are_no_codes_is_refused(unchecked, kind, indices, said, caption, generator):
     model = small(kind)
     with pytest.raises(ValueError, match=said):
-        model(codes, caption)
+        model(indices, caption)
     with pytest.raises(ValueError, match=said):
-        sample(model, caption, start=codes, generator=generator)
+        sample(model, caption, start=indices, generator=generator)
 
 
 @BOTH
 @pytest.mark.parametrize("captions", [1, 2, 4])
 def test_captions_of_another_number_than_pictures_are_refused(
-    unchecked, kind, captions, codes, generator
+    unchecked, kind, captions, indices, generator
 ):
     # One caption must not be shared silently by all: that is how a test of captions passes.
     model, caption = small(kind), word_ids(captions, WORDS)
     with pytest.raises(ValueError, match="caption"):
-        model(codes, caption)
+        model(indices, caption)
     with pytest.raises(ValueError, match="caption"):
-        sample(model, caption, start=codes[:, :4], generator=generator)
+        sample(model, caption, start=indices[:, :4], generator=generator)
 
 
 @BOTH
-def test_a_caption_of_nothing_but_padding_is_refused(unchecked, kind, codes, caption):
+def test_a_caption_of_nothing_but_padding_is_refused(unchecked, kind, indices, caption):
     # There is nothing to attend to, and a mean over no words is NaN; ∅ is `null_caption`.
     caption[1] = PAD
     with pytest.raises(ValueError, match="padding|word"):
-        small(kind)(codes, caption)
+        small(kind)(indices, caption)
 
 
 @BOTH
-def test_a_start_that_is_complete_leaves_nothing_to_draw(kind, codes, caption, generator):
+def test_a_start_that_is_complete_leaves_nothing_to_draw(kind, indices, caption, generator):
     with pytest.raises(ValueError, match="All 16 codes are given"):
-        sample(small(kind), caption, start=codes, generator=generator)
+        sample(small(kind), caption, start=indices, generator=generator)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The training loop: what is stopped, killed or damaged goes on as it should, bit for bit."""
+"""The training loop: a run that was stopped, killed or damaged resumes bit for bit, and nothing but
+its arguments decides it."""
 
 import copy
 import errno
@@ -7,36 +8,36 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from torch import nn
 
-import t2ilearn.weights
-from t2ilearn import training
-from t2ilearn.flight import (
-    Curves,
-    TrainingError,
-    contact_sheet,
-    load_checkpoint,
-    read_record,
-)
+import t2ilearn.weights.files
 from t2ilearn.training import (
     AveragedWeights,
     TrainConfig,
+    TrainingError,
+    contact_sheet,
     ema_decay_at,
+    is_first_process,
     learning_rate_at,
     precision_for,
+    read_record,
     seeded,
     train,
 )
+from t2ilearn.training.batches import made_ahead
+from t2ilearn.training.checkpoint import load_checkpoint
+from t2ilearn.training.flight import Curves
 
 CONFIG = TrainConfig(steps=60, batch_size=16, learning_rate=1e-2, warmup_steps=5, ema_decay=0.9)
 posix = pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKILL are POSIX's")
@@ -66,16 +67,17 @@ def compute_loss(model, batch, generator):
     return Loss(error, 0.5 * error)
 
 
-def revive(model, batch, step, generator):
-    """Like a codebook's revival: weights move outside the optimiser, by the step's generator."""
+def move_bias(model, batch, step, generator):
+    """As when dead codes are restarted: weights change outside the optimiser, at random."""
     if step % 7 == 0:
         with torch.no_grad():
             model[4].bias += 0.01 * torch.randn(2, generator=generator)
 
 
-def run(run_dir, loss=compute_loss, config=CONFIG, batch=make_batch, **options):
-    options = {"after_step": revive, "checkpoint_seconds": 0.0, "progress": False, **options}
-    return train(network(), batch, loss, config, run_dir, **options)
+def run(run_dir, loss=compute_loss, config=CONFIG, batch=make_batch, wrap=None, **options):
+    options = {"after_step": move_bias, "checkpoint_seconds": 0.0, "progress": False, **options}
+    model = network() if wrap is None else wrap(network())
+    return train(model, batch, loss, config, run_dir, **options)
 
 
 def saved_digest(run_dir: Path) -> tuple[int, str]:
@@ -134,7 +136,7 @@ def stop_in_batch(at):
 
 
 @pytest.mark.parametrize("at", [0, 7, 20, 59])
-def test_stopped_while_making_a_batch_nothing_is_lost(tmp_path, reference, at):
+def test_a_run_stopped_between_steps_resumes_bit_for_bit(tmp_path, reference, at):
     first = run(tmp_path, batch=stop_in_batch(at), checkpoint_seconds=60.0)
     assert first.stopped and first.steps_done == at == saved_digest(tmp_path)[0]
     assert json.loads((tmp_path / "flight.json").read_text(encoding="utf-8"))["stopped"]
@@ -142,7 +144,7 @@ def test_stopped_while_making_a_batch_nothing_is_lost(tmp_path, reference, at):
 
 
 @pytest.mark.parametrize("at", [3, 25])
-def test_stopped_within_a_step_goes_on_from_the_last_checkpoint(tmp_path, reference, at):
+def test_a_run_stopped_within_a_step_resumes_from_the_last_checkpoint(tmp_path, reference, at):
     def loss(model, batch, generator):
         terms = compute_loss(model, batch, generator)  # running means have moved by now
         if len(seen) == at:
@@ -160,11 +162,11 @@ def test_stopped_within_a_step_goes_on_from_the_last_checkpoint(tmp_path, refere
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends the process there")
-def test_ctrl_c_finishes_the_step_and_keeps_the_partial_model(tmp_path, reference):
+def test_ctrl_c_finishes_the_step_and_returns_the_partial_model(tmp_path, reference):
     def after(model, batch, step, generator):
         if step == 13:
             os.kill(os.getpid(), signal.SIGINT)
-        revive(model, batch, step, generator)
+        move_bias(model, batch, step, generator)
 
     handler = signal.getsignal(signal.SIGINT)
     first = run(tmp_path, after_step=after, checkpoint_seconds=60.0)
@@ -174,7 +176,7 @@ def test_ctrl_c_finishes_the_step_and_keeps_the_partial_model(tmp_path, referenc
     assert_same(run(tmp_path), tmp_path, reference)
 
 
-def test_stopped_twice_and_finished_runs_return_at_once(tmp_path, reference):
+def test_a_run_stopped_twice_resumes_and_a_finished_run_returns_at_once(tmp_path, reference):
     for at in (11, 42):
         run(tmp_path, batch=stop_in_batch(at))
     assert_same(run(tmp_path), tmp_path, reference)
@@ -196,67 +198,64 @@ MOMENTS = [
     ("unlink", 2),  # new listing, old tensors still there
     ("replace", 9),  # before the flight record
 ]
-FORK = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import test_training as t
 
-def dying(function, n):
-    calls = []
-    def wrapped(*args, **options):
+
+def killed_at(monkeypatch, function, n):
+    """Make the process kill itself when the function is called for the nth time; return the loss."""
+
+    def dying(*args, **options):
         calls.append(1)
         if len(calls) == n:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **options)
-    return wrapped
+        return real(*args, **options)
 
-t.run(Path(sys.argv[1]) / "warm-up")  # what is imported late is imported once, not in each child
-for name, n in t.MOMENTS:
+    calls = []
+    if function == "compute_loss":
+        real = compute_loss
+        return dying
+    owner = Path if function == "unlink" else os
+    real = getattr(owner, function)
+    monkeypatch.setattr(owner, function, dying)
+    return compute_loss
+
+
+def in_a_fork(work, seconds=60):
+    """How a child process ended that did the work: its wait status."""
     child = os.fork()
     if child == 0:
-        loss = t.compute_loss
-        if name == "compute_loss":
-            loss = dying(loss, n)
-        elif name == "unlink":
-            Path.unlink = dying(Path.unlink, n)
-        else:
-            setattr(os, name, dying(getattr(os, name), n))
-        t.run(Path(sys.argv[1]) / f"{name}-{n}", loss)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, n, status)
-"""
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """A folder with one killed run for each of the moments."""
-    folder = tmp_path_factory.mktemp("killed")
-    tests = Path(__file__).resolve().parent
-    paths = os.pathsep.join([str(tests.parent), str(tests)])
-    environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "1"}
-    command = [sys.executable, "-c", FORK, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return folder
+        try:
+            work()
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
+    return pytest.fail(f"the child did not end within {seconds} seconds")
 
 
 @posix
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: f"{m[0]}-{m[1]}")
-def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(killed, reference, moment):
-    run_dir = killed / f"{moment[0]}-{moment[1]}"
-    assert not (run_dir / "checkpoint.json").exists() or saved_digest(run_dir)[0] < CONFIG.steps
-    assert_same(run(run_dir), run_dir, reference)
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(tmp_path, reference, monkeypatch, moment):
+    def work():
+        run(tmp_path, killed_at(monkeypatch, *moment))
+
+    status = in_a_fork(work)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+    assert not (tmp_path / "checkpoint.json").exists() or saved_digest(tmp_path)[0] < CONFIG.steps
+    assert_same(run(tmp_path), tmp_path, reference)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1000.0])
-def test_how_often_checkpoints_are_written_changes_nothing(tmp_path, reference, seconds):
+def test_the_time_between_checkpoints_does_not_change_the_run(tmp_path, reference, seconds):
     assert_same(run(tmp_path, checkpoint_seconds=seconds), tmp_path, reference)
 
 
-def test_seed_changes_the_run(tmp_path, reference):
+def test_another_seed_gives_another_run(tmp_path, reference):
     run(tmp_path, config=replace(CONFIG, seed=1))
     assert saved_digest(tmp_path) != reference[1]
 
@@ -276,7 +275,7 @@ def nan_at(step):
     return loss
 
 
-def test_nan_stops_with_the_last_good_checkpoint(tmp_path, reference):
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, reference):
     with pytest.raises(TrainingError, match=r"step 36 total.* became NaN.*step 30 .*stays"):
         run(tmp_path, nan_at(35))
     tensors, facts = load_checkpoint(tmp_path)
@@ -285,19 +284,19 @@ def test_nan_stops_with_the_last_good_checkpoint(tmp_path, reference):
     assert_same(run(tmp_path), tmp_path, reference)
 
 
-def test_nan_before_any_checkpoint_says_so(tmp_path):
+def test_a_nan_loss_before_any_checkpoint_is_reported_as_such(tmp_path):
     with pytest.raises(TrainingError, match="step 3 .*no checkpoint yet.*learning rate below 0.01"):
         run(tmp_path, nan_at(2))
     assert load_checkpoint(tmp_path) is None
 
 
-def test_nan_on_the_last_step_does_not_ship(tmp_path):
+def test_a_nan_loss_on_the_last_step_is_not_saved(tmp_path):
     with pytest.raises(TrainingError, match="step 60"):
         run(tmp_path, nan_at(59))
     assert saved_digest(tmp_path)[0] == 50
 
 
-def test_nan_in_the_gradient_alone_is_seen(tmp_path):
+def test_a_nan_in_the_gradient_alone_stops_the_run(tmp_path):
     def loss(model, batch, generator):
         total = compute_loss(model, batch, generator).total
         return Loss(total, total + (model[4].bias * 0).square().sum().sqrt())
@@ -306,7 +305,7 @@ def test_nan_in_the_gradient_alone_is_seen(tmp_path):
         run(tmp_path, loss)
 
 
-def test_skipped_float16_updates_leave_finite_curves():
+def test_updates_skipped_in_float16_leave_finite_curves():
     curves = Curves(steps=4)
     for norm in (1.0, math.inf, 3.0):
         curves.note(("total", "gradient_norm"), [torch.tensor(2.0), norm], torch.device("cpu"))
@@ -348,11 +347,11 @@ def cut_listing(folder):
 
 
 def lose_digest(folder):
-    (folder / "checkpoint.json").write_text('{"format": 1, "file": "x"}', encoding="utf-8")
+    (folder / "checkpoint.json").write_text('{"format": 2, "file": "x"}', encoding="utf-8")
 
 
-def other_format(folder):
-    (folder / "checkpoint.json").write_text('{"format": 2}', encoding="utf-8")
+def later_format(folder):
+    (folder / "checkpoint.json").write_text('{"format": 3}', encoding="utf-8")
 
 
 def list_a_list(folder):
@@ -367,11 +366,11 @@ def list_a_list(folder):
         (lose_tensors, "no file"),
         (cut_listing, "checkpoint.json is damaged"),
         (lose_digest, "lacks 'sha256'"),
-        (other_format, "format 2"),
+        (later_format, "format 3"),
         (list_a_list, "is damaged"),
     ],
 )
-def test_damaged_checkpoints_are_refused_and_can_be_started_over(
+def test_a_damaged_checkpoint_raises_an_error_and_can_be_started_over(
     partial_run, reference, damage, reason
 ):
     damage(partial_run)
@@ -381,7 +380,26 @@ def test_damaged_checkpoints_are_refused_and_can_be_started_over(
     assert_same(run(partial_run, resume=False), partial_run, reference)
 
 
-def test_another_config_or_model_is_refused(partial_run):
+def make_first_edition(folder):
+    """As the first edition wrote it: the same files with format 1."""
+    file = folder / "checkpoint.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**facts, "format": 1}), encoding="utf-8")
+
+
+def make_bare_first_edition(folder):
+    (folder / "checkpoint.json").write_text('{"format": 1}', encoding="utf-8")
+
+
+@pytest.mark.parametrize("make", [make_first_edition, make_bare_first_edition])
+def test_a_checkpoint_of_the_first_edition_is_named_as_such(partial_run, reference, make):
+    make(partial_run)
+    with pytest.raises(TrainingError, match=r"made by the first edition.*resume=False"):
+        run(partial_run)
+    assert_same(run(partial_run, resume=False), partial_run, reference)
+
+
+def test_a_checkpoint_of_another_config_or_model_raises_an_error(partial_run):
     before = saved_digest(partial_run)
     with pytest.raises(TrainingError, match="learning_rate 0.01 → 0.1.*resume=False"):
         run(partial_run, config=replace(CONFIG, learning_rate=0.1))
@@ -392,7 +410,7 @@ def test_another_config_or_model_is_refused(partial_run):
 
 
 @pytest.mark.parametrize("file", [1, 2, 3])
-def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
+def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_continues(
     partial_run, reference, monkeypatch, file
 ):
     """The disk has room for `file − 1` more files: tensors, listing, flight record."""
@@ -404,7 +422,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(t2ilearn.weights.os, "fsync", fsync)
+        patch.setattr(t2ilearn.weights.files.os, "fsync", fsync)
         with pytest.warns(UserWarning, match="could not be saved.*No space left") as caught:
             result = run(partial_run)
         assert f"step {20 if file < 3 else 30} stays" in str(caught[-1].message)
@@ -427,7 +445,7 @@ def test_a_frame_that_cannot_be_written_only_warns(tmp_path, reference, monkeypa
 # ---------------------------------------------------------------- the loop's parts
 
 
-def test_averaging_is_the_formula_with_warm_up():
+def test_averaged_weights_follow_the_formula_and_the_decay_warms_up():
     model, decays = nn.Linear(3, 3), [ema_decay_at(CONFIG, step) for step in range(100)]
     assert decays[0] == 1 / 10 and decays[5] == 6 / 15 and decays[-1] == CONFIG.ema_decay
     average = AveragedWeights(model)
@@ -440,7 +458,7 @@ def test_averaging_is_the_formula_with_warm_up():
     torch.testing.assert_close(average.values["weight"].double(), expected, atol=1e-6, rtol=0)
 
 
-def test_swapping_the_average_in_gives_the_weights_back_even_after_an_error():
+def test_swapping_the_average_in_restores_the_weights_even_after_an_error():
     model = nn.Linear(2, 2)
     before = copy.deepcopy(model.state_dict())
     average = AveragedWeights(model)
@@ -488,7 +506,7 @@ def test_gradients_are_clipped_and_the_curve_shows_them_unclipped(tmp_path):
     assert max(norms) <= 0.5 + 1e-5 and min(result.curves["gradient_norm"]) > 10
 
 
-def test_only_matrices_decay(tmp_path):
+def test_weight_decay_acts_on_matrices_only(tmp_path):
     def loss(model, batch, generator):
         nothing = sum((p * 0).sum() for p in model.parameters())
         return Loss(nothing, nothing)
@@ -503,7 +521,7 @@ def test_only_matrices_decay(tmp_path):
             assert torch.equal(value, before[name])
 
 
-def test_it_learns_and_leaves_the_model_as_a_plain_one(tmp_path):
+def test_training_reduces_the_loss_and_returns_the_model_without_hooks_or_gradients(tmp_path):
     model, before = network(), torch.get_rng_state()
     result = train(model, make_batch, compute_loss, CONFIG, tmp_path, progress=False)
     assert torch.equal(torch.get_rng_state(), before)  # the caller's randomness is untouched
@@ -513,7 +531,7 @@ def test_it_learns_and_leaves_the_model_as_a_plain_one(tmp_path):
     assert result.curves["error"][-1] < 0.7 * result.curves["error"][0]
 
 
-def test_frozen_parameters_stay_and_frozen_models_are_refused(tmp_path):
+def test_frozen_parameters_do_not_change_and_a_frozen_model_raises_an_error(tmp_path):
     model = network()
     model[0].requires_grad_(False)
     before = model[0].weight.clone()
@@ -523,7 +541,7 @@ def test_frozen_parameters_stay_and_frozen_models_are_refused(tmp_path):
         train(model.requires_grad_(False), make_batch, compute_loss, CONFIG, tmp_path / "none")
 
 
-def test_tied_parameters_survive_a_checkpoint(tmp_path):
+def test_tied_parameters_stay_tied_through_a_checkpoint(tmp_path):
     def tied():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 4), nn.Linear(4, 2))
@@ -545,13 +563,13 @@ def test_tied_parameters_survive_a_checkpoint(tmp_path):
     ("capability", "precision"),
     [((7, 5), "fp16"), ((6, 1), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16"), ((12, 0), "bf16")],
 )
-def test_precision_follows_the_device(monkeypatch, capability, precision):
+def test_the_default_precision_depends_on_the_device(monkeypatch, capability, precision):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert precision_for(torch.device("cuda")) == precision
     assert precision_for(torch.device("cpu")) == "no" == precision_for(torch.device("mps"))
 
 
-def test_one_process_trains_in_several_precisions_with_losses_in_float32(tmp_path):
+def test_one_process_trains_in_several_precisions_and_losses_are_float32(tmp_path):
     def loss(model, batch, generator):
         prediction = model(batch["x"])
         inner.append(model[0](batch["x"]).dtype)
@@ -571,7 +589,7 @@ def test_one_process_trains_in_several_precisions_with_losses_in_float32(tmp_pat
         run(tmp_path / "fp8", precision="fp8")
 
 
-def test_generators_depend_on_seed_step_stream_and_process_alone():
+def test_generators_depend_only_on_seed_step_stream_and_process():
     def draw(*key):
         return torch.rand(3, generator=seeded(*key)).tolist()
 
@@ -587,12 +605,12 @@ def test_generators_depend_on_seed_step_stream_and_process_alone():
         *({"ema_decay": 1.0}, {"warmup_steps": -1}, {"weight_decay": -0.1}),
     ],
 )
-def test_configs_without_sense_are_refused(tmp_path, wrong):
+def test_a_config_out_of_range_raises_an_error(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         run(tmp_path, config=replace(CONFIG, **wrong))
 
 
-def test_batches_made_ahead_are_the_same_and_their_errors_arrive(monkeypatch):
+def test_batches_made_ahead_are_the_same_and_their_errors_are_raised(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     device, made = torch.device("cuda", 0), []
 
@@ -602,17 +620,196 @@ def test_batches_made_ahead_are_the_same_and_their_errors_arrive(monkeypatch):
             raise ValueError("no batch nine")
         return step * 10
 
-    ahead = training._made_ahead(make, range(3, 7), device)
+    ahead = made_ahead(make, range(3, 7), device)
     assert next(ahead) == 30 and list(ahead) == [40, 50, 60] and made == [3, 4, 5, 6]
-    assert list(training._made_ahead(make, range(4, 4), device)) == []
+    assert list(made_ahead(make, range(4, 4), device)) == []
     with pytest.raises(ValueError, match="batch nine"):
-        list(training._made_ahead(make, range(8, 11), device))
+        list(made_ahead(make, range(8, 11), device))
+
+
+# ---------------------------------------------------------------- wrapped models
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_data_parallel(model):
+    return compiled(nn.DataParallel(model))
+
+
+def with_compiled_part(model):
+    model[0] = compiled(model[0])
+    return model
+
+
+OUTER = [compiled, nn.DataParallel, compiled_data_parallel]
+WRAPPED = [*OUTER, compiled_in_place, with_compiled_part]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED, ids=lambda wrap: wrap.__name__)
+def test_a_wrapped_model_and_a_plain_one_resume_each_others_runs(tmp_path, reference, wrap):
+    for first, second in ((wrap, None), (None, wrap)):
+        folder = tmp_path / str(first)
+        assert run(folder, batch=stop_in_batch(20), wrap=first).stopped
+        tensors, _ = load_checkpoint(folder)
+        assert not any("_orig_mod" in key or "module." in key for key in tensors)
+        result = run(folder, wrap=second)
+        assert saved_digest(folder) == reference[1] and result.curves == reference[0].curves
+        assert second is with_compiled_part or (
+            result.model.state_dict().keys() == reference[0].model.state_dict().keys()
+        )
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("wrap", OUTER, ids=lambda wrap: wrap.__name__)
+def test_after_training_the_wrapper_still_computes_with_the_trained_weights(
+    tmp_path, wrap, precision
+):
+    model, config = network(), replace(CONFIG, steps=2)
+    wrapped, x = wrap(model), torch.ones(3, 4)
+    result = train(wrapped, make_batch, compute_loss, config, tmp_path, precision=precision)
+    assert result.model is model and not wrapped.training
+    assert torch.equal(wrapped(x), model(x)) and wrapped(x).dtype == torch.float32
+    assert "_original_forward" not in vars(model)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_forward_of_the_callers_own_is_restored(partial_run, tmp_path, fails):
+    """In a precision where Accelerate replaces it; also when the checkpoint does not fit."""
+    model = network()
+    model.forward = own = lambda x: nn.Sequential.forward(model, x)
+    config = replace(CONFIG, seed=1)
+    if fails:
+        with pytest.raises(TrainingError, match="another config"):
+            train(model, make_batch, compute_loss, config, partial_run, precision="bf16")
+    else:
+        config = replace(config, steps=1)
+        train(model, make_batch, compute_loss, config, tmp_path / "new", precision="bf16")
+    assert model.forward is own and "_original_forward" not in vars(model)
+
+
+# ---------------------------------------------------------------- only arguments decide a run
+
+LEFT_BEHIND = [
+    {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+    {"ACCELERATE_MIXED_PRECISION": "bf16"},
+    {"ACCELERATE_DYNAMO_BACKEND": "EAGER", "ACCELERATE_DYNAMO_MODE": "default"},
+    {"ACCELERATE_USE_FSDP": "true"},
+    {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    {"ACCELERATE_USE_MEGATRON_LM": "true"},
+    {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+]
+LEFT_RANKS = [
+    {"RANK": "1"},
+    {"LOCAL_RANK": "1"},
+    {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "1"},
+    {"RANK": "1", "WORLD_SIZE": ""},
+    {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2"},
+    {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+    {"PMI_RANK": "1", "PMI_SIZE": "2"},
+]
+
+
+def set_environment(monkeypatch, variables):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("variables", LEFT_BEHIND, ids=lambda v: next(iter(v)))
+def test_variables_of_accelerate_left_in_the_environment_do_not_change_a_run(
+    tmp_path, reference, monkeypatch, variables
+):
+    set_environment(monkeypatch, variables)
+    before = dict(os.environ)
+    result = run(tmp_path)
+    assert dict(os.environ) == before and result.precision == "no"
+    assert_same(result, tmp_path, reference)
+
+
+@pytest.mark.parametrize("forced", [True, False], ids=["cpu-forced", "device-free"])
+@pytest.mark.parametrize("variables", LEFT_RANKS, ids=lambda v: "-".join(v))
+def test_ranks_left_in_the_environment_do_not_stop_the_only_process_from_writing(
+    tmp_path, reference, monkeypatch, variables, forced
+):
+    set_environment(monkeypatch, variables)
+    if not forced and not torch.cuda.is_available():
+        monkeypatch.delenv("ACCELERATE_USE_CPU")
+    before = dict(os.environ)
+    assert is_first_process()
+    result = run(tmp_path)
+    assert dict(os.environ) == before
+    assert_same(result, tmp_path, reference)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is missing.*torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2, not one of 0 … 1"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two', not a number"),
+        ({"WORLD_SIZE": "2", "RANK": "first"}, "RANK is 'first', not a number"),
+    ],
+)
+def test_an_incomplete_set_of_processes_raises_an_error(tmp_path, monkeypatch, variables, message):
+    set_environment(monkeypatch, variables)
+    with pytest.raises(ValueError, match=message):
+        is_first_process()
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path)
+
+
+def test_another_accelerator_that_accumulates_gradients_does_not_change_a_run(tmp_path, reference):
+    other = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    with other.accumulate(network()):
+        assert not other.sync_gradients  # it ends in the middle of an accumulation
+    assert_same(run(tmp_path), tmp_path, reference)
+    GradientState._reset_state()
+
+
+def test_no_grad_around_training_does_not_change_a_run(tmp_path, reference):
+    with torch.no_grad():
+        result = run(tmp_path)
+        assert not torch.is_grad_enabled()
+    assert_same(result, tmp_path, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_another_default_dtype_raises_an_error(tmp_path, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        with pytest.raises(ValueError, match=rf"default dtype is {dtype}.*model.double\(\)"):
+            run(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_around_training_raises_an_error(tmp_path, enabled):
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with pytest.raises(ValueError, match="within torch.autocast.*precision="):
+            run(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_in_bfloat16_stays_near_the_run_in_float32(tmp_path, reference):
+    """Autocast copies weights for one step: with older copies the loss would not fall alike."""
+    exact, curve = reference[0].curves["total"], run(tmp_path, precision="bf16").curves["total"]
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(exact), rtol=0.05, atol=0.02)
 
 
 # ---------------------------------------------------------------- the flight record
 
 
-def test_the_flight_record_tells_a_figure_all_it_needs(tmp_path):
+def test_the_flight_record_holds_config_curves_and_frames(tmp_path):
     modes = []
 
     def draw(model):
@@ -639,7 +836,7 @@ def test_the_flight_record_tells_a_figure_all_it_needs(tmp_path):
     assert all(frame.size == (256, 128) for _, frame in record.frames)
 
 
-def test_drawing_changes_nothing_in_the_run(tmp_path, reference):
+def test_drawing_frames_does_not_change_the_run(tmp_path, reference):
     def draw(model):
         torch.manual_seed(0)
         return torch.rand(2, 3, 8, 8)
@@ -647,7 +844,7 @@ def test_drawing_changes_nothing_in_the_run(tmp_path, reference):
     assert_same(run(tmp_path, draw_samples=draw, sample_every=10), tmp_path, reference)
 
 
-def test_long_runs_are_thinned_to_means():
+def test_the_curves_of_long_runs_are_means_over_groups_of_steps():
     curves = Curves(steps=1200)
     for step in range(1, 1201):
         curves.note(("total",), [float(step)], torch.device("cpu"))
@@ -657,7 +854,7 @@ def test_long_runs_are_thinned_to_means():
     assert curves.points["total"][:2] == [2.0, 5.0]
 
 
-def test_the_progress_bar_forecasts_the_end(tmp_path, capsys):
+def test_the_progress_bar_shows_the_loss_and_the_time_of_the_end(tmp_path, capsys):
     run(tmp_path, progress=True)
     shown = capsys.readouterr().err
     assert "60/60" in shown and "loss " in shown and "ends " in shown
@@ -665,7 +862,7 @@ def test_the_progress_bar_forecasts_the_end(tmp_path, capsys):
     assert capsys.readouterr().err == ""  # nothing left to do, nothing to show
 
 
-def test_contact_sheets_lay_pictures_out_row_by_row():
+def test_a_contact_sheet_places_pictures_row_by_row():
     pictures = torch.full((5, 3, 2, 2), -1.0)
     pictures[4] = 1.0
     pictures[1, 0] = 1.0
@@ -676,7 +873,7 @@ def test_contact_sheets_lay_pictures_out_row_by_row():
     assert contact_sheet(torch.zeros(40, 3, 2, 2)).size == (8, 8)
 
 
-def test_checkpoints_hold_no_pickle(tmp_path):
+def test_a_checkpoint_is_safetensors_and_its_digest_is_listed(tmp_path):
     run(tmp_path)
     (file,) = tmp_path.glob("checkpoint-*")
     assert file.suffix == ".safetensors"
@@ -689,7 +886,7 @@ def test_checkpoints_hold_no_pickle(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_on_a_gpu_it_learns_stops_and_goes_on(tmp_path, monkeypatch, precision):
+def test_on_a_gpu_a_run_learns_stops_and_resumes(tmp_path, monkeypatch, precision):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     AcceleratorState._reset_state(reset_partial_state=True)
     first = run(tmp_path, batch=stop_in_batch(30), after_step=None, precision=precision)

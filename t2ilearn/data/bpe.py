@@ -23,7 +23,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from t2ilearn.data.captions import CaptionError
-from t2ilearn.tokens import END, PAD
+from t2ilearn.models.tokens import END, PAD
 from t2ilearn.weights import ASSETS, write_atomically
 
 SHARED = ASSETS / "tokenizer.json"  # learned from the captions of both worlds

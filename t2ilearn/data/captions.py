@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from t2ilearn.tokens import END, PAD
+from t2ilearn.models.tokens import END, PAD
 
 SIZES = ("small", "large")
 PATTERNS = ("solid", "striped", "dotted", "checkered")

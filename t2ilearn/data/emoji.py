@@ -16,6 +16,7 @@ Two honest exceptions. The *ink* style is black lines: on the black background i
 white. And a drawing that would vanish (a white cloud on white) never meets that background.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from t2ilearn.data.captions import BACKGROUNDS
-from t2ilearn.data.emoji_captions import TEMPLATES, StatedEmoji, describe_emoji
+from t2ilearn.data.emoji_captions import (
+    TEMPLATES,
+    StatedEmoji,
+    concept_numbers,
+    describe_emoji,
+    parse_emoji,
+)
 from t2ilearn.data.emoji_files import (
     AGAIN,
     ASSETS,
@@ -81,6 +88,16 @@ def _inked(
     return torch.where(white, drawings[:, 3:], drawings)
 
 
+def emoji_facts(stated: StatedEmoji) -> list[tuple[int, int]]:
+    """What a caption states, as pairs (column of `FIELDS`, value)."""
+    facts = [(0, concept_numbers()[stated.concept])]
+    if stated.style is not None:
+        facts.append((1, STYLES.index(stated.style)))
+    if stated.background is not None:
+        facts.append((2, BACKGROUNDS.index(stated.background)))
+    return facts
+
+
 class Emoji:
     """The emoji world. Implements `CaptionedPictures`.
 
@@ -101,7 +118,17 @@ class Emoji:
     """
 
     name = "emoji"
+    label = "emoji, "
+    judge, reader = "emoji-judge", None
+    first_answers: Mapping[int, int] = {0: 5}  # many concepts look alike
+    measures: Mapping[str, tuple[int, int] | None] = {
+        "concept": (0, 1),
+        "concept in the first five": (0, 5),
+        "style": (1, 1),
+    }
     test_sets: tuple[str, ...] = TEST_SETS
+    reconstruction_sets: tuple[str, ...] = TEST_SETS
+    read, facts = staticmethod(parse_emoji), staticmethod(emoji_facts)
 
     def __init__(
         self, resolution: int = 64, directory: Path | None = None, smallest: float = SMALLEST
@@ -139,6 +166,11 @@ class Emoji:
         self.held_out: Bool[Tensor, " p"] = torch.tensor(held)
         bank = _premultiplied(np.stack(drawings))
         self._prepare(bank)
+
+    @property
+    def worlds(self) -> "tuple[Emoji, ...]":
+        """This world alone."""
+        return (self,)
 
     def _prepare(self, bank: UInt8[Tensor, "p 4 64 64"]) -> None:
         """Keep the drawings at this resolution, and list every scene that can be seen."""
@@ -288,3 +320,21 @@ class Emoji:
         scenes, captions = self.test_scenes(name, n)
         generator = torch.Generator().manual_seed(4000)
         return PictureBatch(self.pictures(scenes, generator), captions)
+
+    def reader_test(self, n: int = 2000) -> PictureBatch:
+        """What a reader is tested with: every drawing once, moved and scaled anew on some
+        background, however many n asks for. It knows the drawings; their places are new."""
+        generator = torch.Generator().manual_seed(5000)
+        scenes = self.each_once(generator)
+        pictures = self.pictures(scenes, generator)
+        return PictureBatch(pictures, self.captions(scenes, said=1.0, generator=generator))
+
+    def groups(self, name: str, n: int = 2000) -> Int[Tensor, "{n} 2"]:
+        """Concept and style of each picture of a test set: pictures of one drawing are no
+        independent answers."""
+        return self.test_scenes(name, n)[0][:, :2]
+
+    def reference_set(self, n: int = 2000) -> Float[Tensor, "{n} 3 h w"]:
+        """Pictures of training scenes in places and sizes of their own, the same at every call."""
+        generator = torch.Generator().manual_seed(4500)
+        return self.pictures(self.scenes(n, "train", generator=generator), generator)

@@ -1,7 +1,7 @@
 """What every world of captioned pictures offers, so that one recipe trains on any of them."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -36,11 +36,47 @@ class CaptionedPictures(Protocol):
 
     A *scene* is a row of integers that says what is shown: facts, or the number of a picture in a
     folder. The same scene can be shown and described anew, a little differently each time.
+
+    A world that can be judged parses its own captions and names its judge: a network with one
+    classifier a column of facts. `read` turns a caption into what it states, `facts` turns that
+    into (column, value) pairs, and the judge's answers are compared with these.
+
+    Attributes:
+        name: as cards state it.
+        resolution: height and width of its pictures.
+        test_sets: their names; the first one carries the bars.
+        worlds: the worlds that this one is made of; a single world is made of itself.
+        label: what its figures begin with on a card.
+        judge: weights of the network that judges its pictures; None where nothing can judge them.
+        reader: weights of a second such network, which trainings and reranking may use; or None.
+        first_answers: columns in which any of the judge's first so many answers counts.
+        measures: what is reported of a set of pictures: a name and a (column, first answers) pair,
+            or None for "everything that the caption states".
+        reconstruction_sets: the test sets on which reconstructions are judged.
     """
 
     name: str
     resolution: int
-    test_sets: tuple[str, ...]  # the first one carries the bars
+    test_sets: tuple[str, ...]
+    label: str
+    judge: str | None
+    reader: str | None
+    first_answers: Mapping[int, int]
+    measures: Mapping[str, tuple[int, int] | None]
+    reconstruction_sets: tuple[str, ...]
+
+    @property
+    def worlds(self) -> "tuple[CaptionedPictures, ...]": ...
+
+    @staticmethod
+    def read(caption: str) -> Any:
+        """What a caption states. Raises CaptionError if it cannot be read."""
+        ...
+
+    @staticmethod
+    def facts(stated: Any) -> list[tuple[int, int]]:
+        """What was stated, as pairs (column, value)."""
+        ...
 
     def scenes(
         self, n: int, split: str = "train", *, generator: torch.Generator
@@ -66,4 +102,20 @@ class CaptionedPictures(Protocol):
 
     def test_set(self, name: str, n: int = 2000) -> PictureBatch:
         """A named test set, the same at every call."""
+        ...
+
+    def test_scenes(self, name: str, n: int = 2000) -> tuple[Int[Tensor, "n facts"], list[str]]:
+        """The scenes and captions of a test set, without its pictures."""
+        ...
+
+    def reader_test(self, n: int = 2000) -> PictureBatch:
+        """Pictures with captions that say everything, to test a reader with."""
+        ...
+
+    def groups(self, name: str, n: int = 2000) -> Int[Tensor, "n columns"] | None:
+        """What pictures of a test set that belong together have in common; None if none do."""
+        ...
+
+    def reference_set(self, n: int = 2000) -> Float[Tensor, "n 3 h w"]:
+        """Real pictures that no test set holds: what sets of pictures are compared with."""
         ...

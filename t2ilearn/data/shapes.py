@@ -13,14 +13,14 @@ has composed it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from t2ilearn.data import captions as words
-from t2ilearn.data.captions import Stated, StatedObject
+from t2ilearn.data.captions import Stated, StatedObject, parse
 from t2ilearn.data.interface import PictureBatch
 
 # axis 0: object 1 above object 2; axis 1: object 1 left of object 2. −1 where nothing is there.
@@ -253,6 +253,30 @@ def in_split(scenes: Int[Tensor, "n 11"], split: str, share: int | None = 32) ->
     return rules[split]
 
 
+_VALUES = {
+    "size": words.SIZES,
+    "pattern": words.PATTERNS,
+    "colour": words.COLOURS,
+    "shape": words.SHAPES,
+}
+
+
+def facts_of(stated: Stated) -> list[tuple[int, int]]:
+    """What a caption states, as pairs (column of `FIELDS`, value)."""
+    stated = stated.canonical()
+    facts = [(0, len(stated.objects) - 1)]
+    if stated.relation is not None:
+        facts.append((1, ("above", "left of").index(stated.relation)))
+    if stated.background is not None:
+        facts.append((2, words.BACKGROUNDS.index(stated.background)))
+    for slot, thing in enumerate(stated.objects):
+        for offset, name in enumerate(("size", "pattern", "colour", "shape")):
+            value = getattr(thing, name)
+            if value is not None:
+                facts.append((3 + 4 * slot + offset, _VALUES[name].index(value)))
+    return facts
+
+
 def state(scene: list[int], swap: bool, keep: list[bool]) -> Stated:
     """The facts of a scene as a caption could state them.
 
@@ -290,13 +314,24 @@ class Shapes:
     """
 
     name = "shapes"
+    label = ""
+    judge, reader = "judge", "reader"
+    first_answers: Mapping[int, int] = {}
+    measures: Mapping[str, tuple[int, int] | None] = {"judge": None}
     test_sets: tuple[str, ...] = TEST_SETS
+    reconstruction_sets: tuple[str, ...] = ("test-full",)
+    read, facts = staticmethod(parse), staticmethod(facts_of)
     test_share: int | None = 32  # one scene in so many is kept for the tests
 
     def __init__(self, resolution: int = 64) -> None:
         if resolution < 16:
             raise ValueError(f"Shapes need at least 16 pixels a side, not {resolution}.")
         self.resolution = resolution
+
+    @property
+    def worlds(self) -> "tuple[Shapes, ...]":
+        """This world alone."""
+        return (self,)
 
     def _draw_scenes(self, n: int, split: str, generator: torch.Generator) -> Tensor:
         def roll(high: int) -> Tensor:
@@ -397,6 +432,18 @@ class Shapes:
         scenes, captions = self.test_scenes(name, n)
         generator = torch.Generator().manual_seed(2000)
         return PictureBatch(self.pictures(scenes, generator), captions)
+
+    def reader_test(self, n: int = 2000) -> PictureBatch:
+        """What a reader is tested with: pictures whose captions say everything."""
+        return self.test_set("test-full", n)
+
+    def groups(self, name: str, n: int = 2000) -> None:
+        """No two pictures of a test set belong together."""
+
+    def reference_set(self, n: int = 2000) -> Float[Tensor, "{n} 3 h w"]:
+        """Pictures of other test scenes, the same at every call: distances are measured to them."""
+        generator = torch.Generator().manual_seed(2500)
+        return self.pictures(self.scenes(n, "test", generator=generator), generator)
 
 
 class TinyShapes(Shapes):

@@ -6,7 +6,8 @@ worlds themselves; so are test sets, which are told apart by a name ("shapes: te
 one, in which the worlds take turns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -60,6 +61,22 @@ class Together:
             MIXED,
             *(world.name + BETWEEN + name for world in worlds for name in world.test_sets),
         )
+
+    label = ""
+    judge = reader = None  # captions, judges and measures are those of the worlds
+    first_answers: Mapping[int, int] = {}
+    measures: Mapping[str, tuple[int, int] | None] = {}
+    reconstruction_sets: tuple[str, ...] = ()
+
+    @staticmethod
+    def read(caption: str) -> Any:
+        """Captions of several worlds are read by `grammar.read_caption`."""
+        raise ValueError("Name the worlds: read_caption(caption, worlds).")
+
+    @staticmethod
+    def facts(stated: Any) -> list[tuple[int, int]]:
+        """As for `read`."""
+        raise ValueError("What was stated belongs to one of the worlds.")
 
     def scenes(
         self, n: int, split: str = "train", *, generator: torch.Generator
@@ -139,3 +156,29 @@ class Together:
             part = world.test_set(world.test_sets[0], len(range(number, n, k)))
             pictures[number::k], captions[number::k] = part
         return PictureBatch(pictures, captions)
+
+    def test_scenes(self, name: str, n: int = 2000) -> tuple[Int[Tensor, "n facts"], list[str]]:
+        """Scenes and captions of a test set of one of the worlds.
+
+        Raises:
+            ValueError: if there is no such test set.
+        """
+        owner, _, own_name = name.partition(BETWEEN)
+        for world in self.worlds:
+            if world.name == owner:
+                return world.test_scenes(own_name, n)
+        raise ValueError(f"Unknown test set {name!r}; one of {', '.join(self.test_sets[1:])}.")
+
+    def reader_test(self, n: int = 2000) -> PictureBatch:
+        """The first world's."""
+        return self.worlds[0].reader_test(n)
+
+    def groups(self, name: str, n: int = 2000) -> Int[Tensor, "n columns"] | None:
+        """Those of the world whose test set it is."""
+        owner, _, own_name = name.partition(BETWEEN)
+        found = [world.groups(own_name, n) for world in self.worlds if world.name == owner]
+        return found[0] if found else None
+
+    def reference_set(self, n: int = 2000) -> Float[Tensor, "n 3 h w"]:
+        """The reference sets of the worlds, one after the other."""
+        return torch.cat([world.reference_set(n) for world in self.worlds])

@@ -3,9 +3,9 @@
 Reading is a count of the words in the text at 200 a minute, code left out. Machine minutes and
 peak memory are those of one execution of the notebook, from first cell to last. Both are written
 by `tools/measure_budget.py` into `budget.json` beside this file. Minutes for exercises are the
-exercises' own estimates. What nobody has measured, a card calls "not measured".
+exercises' own estimates. What has not been measured is shown as "not measured".
 
-A card also says which shipped weights are at work in a notebook, and which command trained each.
+A card also names the shipped weights that a notebook uses, and the command that trained each.
 """
 
 import html
@@ -29,11 +29,11 @@ class Card:
         name: "chapter 2" or "the lab of chapter 2".
         exercises: the minutes of each of the chapter's exercises.
         words: in its text.
-        machine_minutes: of one execution; None if nobody has measured.
+        machine_minutes: of one execution; None if it has not been measured.
         memory_gb: peak resident memory of the kernel in that execution, 10⁹ bytes.
         machine: what it was executed on.
         cells: SHA-256 of the cells' sources that were measured.
-        commands: what trained the weights that are at work, by their names.
+        commands: what trained the weights that the notebook uses, by their names.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Card:
         return round(self.words / WORDS_A_MINUTE)
 
     def rows(self) -> dict[str, str]:
-        """What the card says, line by line."""
+        """The card's lines by name."""
         minutes, memory = self.machine_minutes, self.memory_gb
         return {
             "reading": f"{self.reading_minutes} min ({self.words:,} words)",
@@ -84,7 +84,7 @@ def card(chapter: int, lab: bool = False, weights: Sequence[str] = ()) -> Card:
 
     Args:
         lab: whether the lab is meant.
-        weights: names of the shipped weights that are at work in it.
+        weights: names of the shipped weights that it uses.
 
     Raises:
         ValueError: if there is no record of it.
@@ -95,6 +95,6 @@ def card(chapter: int, lab: bool = False, weights: Sequence[str] = ()) -> Card:
     if key not in record:
         raise ValueError(f"No budget of chapter {key}; there are: {', '.join(record)}.")
     name = f"the lab of chapter {chapter}" if lab else f"chapter {chapter}"
-    commands = {each: shipped.load(each).card["command"] for each in weights}
+    commands = {each: shipped.load(each).card.command for each in weights}
     minutes = tuple(each.minutes for each in exercises(chapter))
     return Card(name, minutes, **record[key], commands=commands)

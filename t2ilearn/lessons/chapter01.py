@@ -9,8 +9,8 @@ from torch import Tensor
 
 from t2ilearn.data.captions import COLOURS, SHAPES, StatedObject, parse
 from t2ilearn.data.shapes import TinyShapes
+from t2ilearn.judging.alignment import matches
 from t2ilearn.lessons.exercises import Answer, Code
-from t2ilearn.reader import matches
 
 
 def my_psnr(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
@@ -38,10 +38,10 @@ _PSNR = {
 }
 
 
-def fulfils(seen: StatedObject, said: StatedObject) -> bool:
+def fulfils(seen: StatedObject, stated: StatedObject) -> bool:
     """Whether a picture's object has every attribute that a caption states."""
     names = ("shape", "size", "pattern", "colour")
-    return all(getattr(said, name) in (None, getattr(seen, name)) for name in names)
+    return all(getattr(stated, name) in (None, getattr(seen, name)) for name in names)
 
 
 def _see_fulfils(answer: Answer) -> list:
@@ -52,12 +52,14 @@ def _see_fulfils(answer: Answer) -> list:
 
 
 _FULFILS = {
-    "equal": lambda seen, said: seen == said,
-    "any": lambda seen, said: any(v == getattr(seen, k) for k, v in vars(said).items()),
-    "shape_only": lambda seen, said: seen.shape == said.shape,
-    "no_size": lambda seen, said: seen.shape == said.shape and said.colour in (None, seen.colour),
-    "always": lambda seen, said: True,
-    "never": lambda seen, said: False,
+    "equal": lambda seen, stated: seen == stated,
+    "any": lambda seen, stated: any(v == getattr(seen, k) for k, v in vars(stated).items()),
+    "shape_only": lambda seen, stated: seen.shape == stated.shape,
+    "no_size": lambda seen, stated: (
+        seen.shape == stated.shape and stated.colour in (None, seen.colour)
+    ),
+    "always": lambda seen, stated: True,
+    "never": lambda seen, stated: False,
 }
 
 
@@ -124,8 +126,8 @@ _WILSON = {
 
 def my_floor(facts: Sequence[Sequence[int]], captions: Sequence[str]) -> float:
     """The share of readings that match the next picture's caption, in [0, 1]."""
-    strangers = [*captions[1:], captions[0]]
-    return sum(matches(f, parse(c)) for f, c in zip(facts, strangers, strict=True)) / len(facts)
+    others = [*captions[1:], captions[0]]
+    return sum(matches(f, parse(c)) for f, c in zip(facts, others, strict=True)) / len(facts)
 
 
 def _see_floor(answer: Answer) -> list:
@@ -139,16 +141,16 @@ def _fits(
     facts: Sequence, captions: Sequence[str], shifts: Iterable[int], wrap: bool = True
 ) -> int:
     """How many pictures fit the captions so many places on."""
-    n, said = len(facts), [parse(caption) for caption in captions]
+    n, stated = len(facts), [parse(caption) for caption in captions]
     pairs = ((i, i + k) for k in shifts for i in range(n) if wrap or i + k < n)
-    return sum(matches(facts[i], said[j % n]) for i, j in pairs)
+    return sum(matches(facts[i], stated[j % n]) for i, j in pairs)
 
 
 _FLOOR = {
     "ceiling": lambda f, c: _fits(f, c, [0]) / len(f),
     "count": lambda f, c: _fits(f, c, [1]),
     "own_too": lambda f, c: _fits(f, c, range(len(f))) / len(f) ** 2,
-    "all_strangers": lambda f, c: _fits(f, c, range(1, len(f))) / len(f) / (len(f) - 1),
+    "all_others": lambda f, c: _fits(f, c, range(1, len(f))) / len(f) / (len(f) - 1),
     "equal_captions": lambda f, c: sum(map(str.__eq__, c, [*c[1:], c[0]])) / len(c),
     "last": lambda f, c: _fits(f, c, [1], wrap=False) / (len(f) - 1),
 }

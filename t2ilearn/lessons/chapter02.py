@@ -9,16 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from t2ilearn.lessons.exercises import Answer, Code
-from t2ilearn.vqvae import EMAQuantizer
+from t2ilearn.models.quantizers import EMAQuantizer
 
 
 def _points(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def bits_of_a_picture(side: int, codes: int) -> float:
-    """Bits in side × side tokens, each one of `codes`."""
-    return side**2 * math.log2(codes)
+def bits_of_a_picture(side: int, codebook_size: int) -> float:
+    """Bits in side × side tokens, each one of `codebook_size`."""
+    return side**2 * math.log2(codebook_size)
 
 
 def _see_bits(answer: Answer) -> list:
@@ -26,16 +26,16 @@ def _see_bits(answer: Answer) -> list:
 
 
 _BITS = {
-    "one_token": lambda side, codes: math.log2(codes),
-    "one_row": lambda side, codes: side * math.log2(codes),
-    "nats": lambda side, codes: side**2 * math.log(codes),
-    "not_log": lambda side, codes: side**2 * codes,
-    "product": lambda side, codes: math.log2(side**2 * codes),
+    "one_token": lambda side, K: math.log2(K),
+    "one_row": lambda side, K: side * math.log2(K),
+    "nats": lambda side, K: side**2 * math.log(K),
+    "not_log": lambda side, K: side**2 * K,
+    "product": lambda side, K: math.log2(side**2 * K),
 }
 
 
 def nearest(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int[Tensor, " n"]:
-    """Number of the nearest code for each encoding (van den Oord 2017, Eq. 1)."""
+    """Index of the nearest code vector for each encoding (van den Oord 2017, Eq. 1)."""
     distances = (codebook**2).sum(1) - 2 * z @ codebook.T  # (n, K)
     return distances.argmin(1)
 
@@ -91,9 +91,9 @@ def quantizer_loss(
     z: Float[Tensor, "n d"], e: Float[Tensor, "n d"], beta: float
 ) -> Float[Tensor, ""]:
     """Second and third term of van den Oord 2017, Eq. 3, as means."""
-    codebook = F.mse_loss(e, z.detach())
-    commitment = F.mse_loss(z, e.detach())
-    return codebook + beta * commitment
+    codebook_loss = F.mse_loss(e, z.detach())
+    commitment_loss = F.mse_loss(z, e.detach())
+    return codebook_loss + beta * commitment_loss
 
 
 def _see_loss(answer: Answer) -> list:
@@ -134,7 +134,7 @@ _LOSS = {
 
 
 def my_perplexity(counts: Int[Tensor, " k"]) -> float:
-    """exp of the entropy of codes that were used so often, 1 … K."""
+    """exp of the entropy of the indices, from how often each was used: 1 … K."""
     p = counts[counts > 0] / counts.sum()
     return float((-(p * p.log()).sum()).exp())
 
@@ -164,7 +164,7 @@ def ema_step(
     chosen: Float[Tensor, "n d"],
     decay: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " d"], Float[Tensor, " d"]]:
-    """One code's averages after a step, and the code (van den Oord 2017, appendix A.1)."""
+    """One code vector's averages after a step, and the vector (van den Oord 2017, appendix A.1)."""
     new_count = decay * count + (1 - decay) * len(chosen)
     new_total = decay * total + (1 - decay) * chosen.sum(0)
     return new_count, new_total, new_total / new_count
@@ -198,20 +198,20 @@ _EMA = {
 
 
 @torch.no_grad()
-def wake(quantizer: EMAQuantizer, k: int, place: Float[Tensor, " d"]) -> None:
-    """Move code k, and its averages with it, in place."""
+def restart_code(quantizer: EMAQuantizer, k: int, place: Float[Tensor, " d"]) -> None:
+    """Move code vector k, and its averages with it, in place."""
     quantizer.codebook[k] = place
     quantizer.counts[k] = 1.0
     quantizer.sums[k] = place  # m = N · e, with N = 1
 
 
-def _see_wake(answer: Answer) -> list:
-    codes = torch.tensor([[-0.7, 0.1], [0.5, 0.6], [9.0, 9.0]])
-    crowd = (codes[torch.arange(30) % 2] + 0.1 * _points(2, 30, 2)).T[None, :, None]
+def _see_restart(answer: Answer) -> list:
+    code_vectors = torch.tensor([[-0.7, 0.1], [0.5, 0.6], [9.0, 9.0]])
+    crowd = (code_vectors[torch.arange(30) % 2] + 0.1 * _points(2, 30, 2)).T[None, :, None]
     quantizer, place = EMAQuantizer(3, 2, decay=0.9), torch.tensor([-2.0, -2.0])
-    quantizer.replace(torch.arange(3), codes)
+    quantizer.replace_codes(torch.arange(3), code_vectors)
     for _ in range(60):
-        quantizer(crowd)  # nobody chooses the third code, and its averages fade
+        quantizer(crowd)  # no encoding chooses the third code, and its averages decay
     answer(quantizer, 2, place)
     at_once = quantizer.codebook.clone()
     quantizer(crowd)
@@ -221,7 +221,7 @@ def _see_wake(answer: Answer) -> list:
 
 
 def _set(*names: str, count: float | None = 1.0) -> Answer:
-    """Change these tensors alone; with no count, m = N · e keeps the faded N."""
+    """Change these tensors alone; with no count, m = N · e keeps the decayed N."""
 
     def answer(quantizer: EMAQuantizer, k: int, place: Tensor) -> None:
         for name in names:
@@ -231,7 +231,7 @@ def _set(*names: str, count: float | None = 1.0) -> Answer:
     return answer
 
 
-_WAKE = {
+_RESTART = {
     "nothing": _set(),
     "code_only": _set("codebook"),
     "sums_only": _set("codebook", "sums"),
@@ -247,5 +247,5 @@ EXERCISES = {
     "2.4": Code(quantizer_loss, _see_loss, _LOSS),
     "2.5": Code(my_perplexity, _see_perplexity, _PERPLEXITY),
     "2.6": Code(ema_step, _see_ema, _EMA),
-    "2.7": Code(wake, _see_wake, _WAKE, in_place=True),
+    "2.7": Code(restart_code, _see_restart, _RESTART, in_place=True),
 }

@@ -15,9 +15,9 @@ def _random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def my_perplexity(logits: Float[Tensor, "n k"], codes: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-    """exp of the mean −ln p of the true codes, 1 … K and beyond."""
-    log_p = logits.log_softmax(1)[torch.arange(len(codes)), codes]
+def my_perplexity(logits: Float[Tensor, "n k"], indices: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+    """exp of the mean −ln p of the true tokens, 1 … K and beyond."""
+    log_p = logits.log_softmax(1)[torch.arange(len(indices)), indices]
     return (-log_p.mean()).exp()
 
 
@@ -25,8 +25,8 @@ def _see_perplexity(answer: Answer) -> Any:
     return answer(3 * _random(0, 6, 5), torch.tensor([0, 1, 2, 3, 4, 0]))
 
 
-def _at(values: Tensor, codes: Tensor) -> Tensor:
-    return values[range(len(codes)), codes]
+def _at(values: Tensor, indices: Tensor) -> Tensor:
+    return values[range(len(indices)), indices]
 
 
 _PERPLEXITY = {
@@ -82,10 +82,10 @@ _ATTENTION = {
 }
 
 
-def who_sees_whom(words: int, codes: int) -> Bool[Tensor, "total total"]:
-    """True where looking is allowed: words at all words, codes backwards."""
-    mask = torch.ones(words + codes, words + codes, dtype=torch.bool).tril()
-    mask[:words, :words] = True
+def attention_mask(text: int, image: int) -> Bool[Tensor, "total total"]:
+    """True where a row may attend to a column: text to all text, image tokens backwards."""
+    mask = torch.ones(text + image, text + image, dtype=torch.bool).tril()
+    mask[:text, :text] = True
     return mask
 
 
@@ -93,31 +93,31 @@ def _see_mask(answer: Answer) -> list:
     return [answer(3, 4), answer(2, 5)]
 
 
-def _ahead(words: int, codes: int) -> Tensor:
-    n = words + codes
-    return who_sees_whom(words, codes) | torch.ones(n, n, dtype=torch.bool).tril(1)
+def _ahead(text: int, image: int) -> Tensor:
+    n = text + image
+    return attention_mask(text, image) | torch.ones(n, n, dtype=torch.bool).tril(1)
 
 
-def _deaf(words: int, codes: int) -> Tensor:
-    mask = who_sees_whom(words, codes)
-    mask[words:, :words] = False
+def _no_text(text: int, image: int) -> Tensor:
+    mask = attention_mask(text, image)
+    mask[text:, :text] = False
     return mask
 
 
-def _leak(words: int, codes: int) -> Tensor:
-    mask = who_sees_whom(words, codes)
-    mask[:words] = True
+def _leak(text: int, image: int) -> Tensor:
+    mask = attention_mask(text, image)
+    mask[:text] = True
     return mask
 
 
 _MASK = {
-    "triangle": lambda words, codes: who_sees_whom(words, codes).tril(),
-    "flipped": lambda words, codes: who_sees_whom(words, codes).T,
-    "open": lambda words, codes: torch.ones(words + codes, words + codes),
+    "triangle": lambda text, image: attention_mask(text, image).tril(),
+    "flipped": lambda text, image: attention_mask(text, image).T,
+    "open": lambda text, image: torch.ones(text + image, text + image),
     "ahead": _ahead,
-    "behind": lambda words, codes: who_sees_whom(words, codes).clone().fill_diagonal_(False),
+    "behind": lambda text, image: attention_mask(text, image).clone().fill_diagonal_(False),
     "leak": _leak,
-    "deaf": _deaf,
+    "no_text": _no_text,
 }
 
 
@@ -136,7 +136,7 @@ def _see_top_p(answer: Answer) -> list:
 
 
 def _top_p_but(more: int = 0, norm: bool = True, order: str = "back", least: int = 1) -> Answer:
-    """Top-p with one thing wrong; `more` codes survive than should, but never fewer than `least`"""
+    """Top-p with one thing wrong; `more` tokens are kept than should be, at least `least`."""
 
     def answer(p: Tensor, top_p: float) -> Tensor:
         ranked, places = (p, torch.arange(len(p))) if order == "none" else p.sort(descending=True)
@@ -180,9 +180,9 @@ _GUIDANCE = {
 }
 
 
-def bits_left(nats_a_code: float, places: int) -> float:
-    """Bits in a picture of so many places at so many nats each."""
-    return places * nats_a_code / math.log(2)
+def bits_left(nats_per_token: float, places: int) -> float:
+    """Bits per picture, from the nats per token and the number of tokens."""
+    return places * nats_per_token / math.log(2)
 
 
 def _see_bits(answer: Answer) -> list:
@@ -190,7 +190,7 @@ def _see_bits(answer: Answer) -> list:
 
 
 _BITS = {
-    "one_code": lambda nats, places: nats / math.log(2),
+    "one_token": lambda nats, places: nats / math.log(2),
     "nats": lambda nats, places: nats * places,
     "multiplied": lambda nats, places: nats * places * math.log(2),
     "twice": lambda nats, places: places * math.log2(nats),
@@ -199,9 +199,9 @@ _BITS = {
 }
 
 
-def place_in_the_stream(words: int, drawn: int) -> int:
-    """The position, from 0, of the start mark or code that is fed after `drawn` codes."""
-    return words + drawn
+def place_in_the_stream(text: int, drawn: int) -> int:
+    """The position, from 0, of the token that is fed after `drawn` image tokens are drawn."""
+    return text + drawn
 
 
 def _see_place(answer: Answer) -> list:
@@ -209,18 +209,18 @@ def _see_place(answer: Answer) -> list:
 
 
 _PLACE = {
-    "zero": lambda words, drawn: 0,
-    "no_start": lambda words, drawn: words + drawn - 1,
-    "too_far": lambda words, drawn: words + drawn + 1,
-    "no_caption": lambda words, drawn: drawn,
-    "among_codes": lambda words, drawn: drawn - 1,
-    "start": lambda words, drawn: words,
+    "zero": lambda text, drawn: 0,
+    "no_start": lambda text, drawn: text + drawn - 1,
+    "too_far": lambda text, drawn: text + drawn + 1,
+    "no_caption": lambda text, drawn: drawn,
+    "among_image": lambda text, drawn: drawn - 1,
+    "start": lambda text, drawn: text,
 }
 
 EXERCISES = {
     "3.1": Code(my_perplexity, _see_perplexity, _PERPLEXITY),
     "3.2": Code(my_attention, _see_attention, _ATTENTION),
-    "3.3": Code(who_sees_whom, _see_mask, _MASK),
+    "3.3": Code(attention_mask, _see_mask, _MASK),
     "3.4": Code(my_top_p, _see_top_p, _TOP_P),
     "3.5": Code(my_guidance, _see_guidance, _GUIDANCE),
     "3.6": Code(bits_left, _see_bits, _BITS),

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from t2ilearn.lessons.exercises import Answer, Code
-from t2ilearn.vqgan import DELTA, LARGEST_WEIGHT, Critic, CriticConfig, Trunk
+from t2ilearn.models.lpips import Trunk
+from t2ilearn.models.vqgan import DELTA, MAX_ADAPTIVE_WEIGHT, Discriminator, DiscriminatorConfig
 
 
 def _points(seed: int, *shape: int) -> Tensor:
@@ -26,12 +27,12 @@ def _gradients(value: Tensor, *leaves: Tensor) -> list[Tensor]:
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in pairs]
 
 
-def critic_loss(real: Float[Tensor, " n"], fake: Float[Tensor, " m"]) -> Float[Tensor, ""]:
+def discriminator_loss(real: Float[Tensor, " n"], fake: Float[Tensor, " m"]) -> Float[Tensor, ""]:
     """½ max(0, 1 − D(x)) + ½ max(0, 1 + D(x̂)), each a mean over patches."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
-def _see_critic(answer: Answer) -> list:
+def _see_discriminator(answer: Answer) -> list:
     real, fake = torch.tensor([4.0, 0.3, -0.4]), torch.tensor([-3.0, -0.4, 0.9, 0.1, 2.0])
     real.requires_grad_(), fake.requires_grad_()
     value = answer(real, fake)
@@ -39,13 +40,13 @@ def _see_critic(answer: Answer) -> list:
 
 
 def _hinge(on_real: int = -1, on_fake: int = 1, how: Any = F.relu, half: float = 0.5) -> Answer:
-    """The critic's loss with other signs, another bend or another factor."""
+    """The discriminator's loss with other signs, another bend or another factor."""
     return lambda real, fake: (
         half * (how(1 + on_real * real).mean() + how(1 + on_fake * fake).mean())
     )
 
 
-_CRITIC = {
+_DISCRIMINATOR = {
     "no_half": _hinge(half=1.0),
     "both_signs": _hinge(1, -1),
     "fake_sign": _hinge(-1, -1),
@@ -62,7 +63,7 @@ _CRITIC = {
 
 
 def generator_term(fake: Float[Tensor, " m"]) -> Float[Tensor, ""]:
-    """−D(x̂), a mean over patches: no bend, so that the push never ends."""
+    """−D(x̂), a mean over patches: no bend, so that the gradient never ends."""
     return -fake.mean()
 
 
@@ -76,8 +77,8 @@ _GENERATOR = {
     "sign": lambda fake: fake.mean(),
     "hinge": lambda fake: F.relu(1 - fake).mean(),
     "half_hinge": lambda fake: F.relu(1 - fake).mean() / 2,
-    "critics": lambda fake: F.relu(1 + fake).mean() / 2,
-    "critics_turned": lambda fake: -F.relu(1 + fake).mean() / 2,
+    "discriminators_loss": lambda fake: F.relu(1 + fake).mean() / 2,
+    "discriminators_loss_turned": lambda fake: -F.relu(1 + fake).mean() / 2,
     "half": lambda fake: -fake.mean() / 2,
     "sum": lambda fake: -fake.sum(),
     "other_loss": lambda fake: F.softplus(-fake).mean(),
@@ -87,26 +88,26 @@ _GENERATOR = {
 
 
 def my_lambda(
-    pictures: Float[Tensor, ""], adversarial: Float[Tensor, ""], decoder: nn.Sequential
+    picture_loss: Float[Tensor, ""], generator_loss: Float[Tensor, ""], decoder: nn.Sequential
 ) -> Float[Tensor, ""]:
     """Esser et al. (2021), Eq. 7, at the decoder's last weight; at most 10⁴."""
     last: Any = decoder[-1].weight
     a, b = (
         torch.autograd.grad(term, last, retain_graph=True)[0].norm()
-        for term in (pictures, adversarial)
+        for term in (picture_loss, generator_loss)
     )
-    return (a / (b + DELTA)).clamp(max=LARGEST_WEIGHT).detach()
+    return (a / (b + DELTA)).clamp(max=MAX_ADAPTIVE_WEIGHT).detach()
 
 
 def _see_lambda(answer: Answer) -> list:
     seen: list[Any] = []
-    # The critic's gradient: strong, as weak as δ, none.
-    for bright, loud in ((20.0, 3.0), (0.2, 1e-4), (20.0, 0.0)):
+    # The generator loss has a large gradient, one as small as δ, or none.
+    for bright, strength in ((20.0, 3.0), (0.2, 1e-4), (20.0, 0.0)):
         decoder = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
         for i, p in enumerate(decoder.parameters()):
             p.data = _points(i, *p.shape)
         drawn = decoder(_points(7, 5, 3))
-        value = answer(bright * drawn.square().mean(), loud * drawn.mean(), decoder)
+        value = answer(bright * drawn.square().mean(), strength * drawn.mean(), decoder)
         left_behind = any(p.grad is not None for p in decoder.parameters())
         seen += [value, getattr(value, "requires_grad", False), left_behind]
     return seen
@@ -127,22 +128,22 @@ _last = _weight(-1)
 def _lambda_but(
     ratio: Callable[[Tensor, Tensor], Tensor] = lambda a, b: a / (b + DELTA),
     at: Callable[[Any], list[Tensor]] = _last,
-    most: float = LARGEST_WEIGHT,
+    most: float = MAX_ADAPTIVE_WEIGHT,
     **how: Any,
 ) -> Answer:
     """λ with one thing wrong."""
-    return lambda pictures, adversarial, decoder: ratio(
-        _norm(pictures, at(decoder), **how), _norm(adversarial, at(decoder), **how)
+    return lambda picture_loss, generator_loss, decoder: ratio(
+        _norm(picture_loss, at(decoder), **how), _norm(generator_loss, at(decoder), **how)
     ).clamp(max=most)
 
 
-def _by_backward(pictures: Tensor, adversarial: Tensor, decoder: Any) -> Tensor:
+def _by_backward(picture_loss: Tensor, generator_loss: Tensor, decoder: Any) -> Tensor:
     norms = []
-    for term in (pictures, adversarial):
+    for term in (picture_loss, generator_loss):
         decoder.zero_grad()
         term.backward(retain_graph=True)
         norms.append(decoder[-1].weight.grad.norm())
-    return (norms[0] / (norms[1] + DELTA)).clamp(max=LARGEST_WEIGHT)
+    return (norms[0] / (norms[1] + DELTA)).clamp(max=MAX_ADAPTIVE_WEIGHT)
 
 
 _LAMBDA = {
@@ -155,7 +156,7 @@ _LAMBDA = {
     "first_layer": _lambda_but(at=_weight(0)),
     "bias_too": _lambda_but(at=lambda decoder: [*decoder[-1].parameters()]),
     "squares": _lambda_but(power=2),
-    "values": lambda a, b, decoder: (a / (b.abs() + DELTA)).clamp(max=LARGEST_WEIGHT).detach(),
+    "values": lambda a, b, decoder: (a / (b.abs() + DELTA)).clamp(max=MAX_ADAPTIVE_WEIGHT).detach(),
     "backward": _by_backward,
 }
 
@@ -216,33 +217,33 @@ _DISTANCE = {
 }
 
 
-def say(progress: float, start: float, warm: float) -> float:
-    """How loud the critic is, 0 … 1: silent, then rising over `warm`, then in full."""
-    return min(1.0, max(0.0, (progress - start - warm) / warm))
+def disc_factor(progress: float, start: float, warmup: float) -> float:
+    """The generator loss's factor, 0 … 1: 0 until start + warmup, then rising over `warmup`."""
+    return min(1.0, max(0.0, (progress - start - warmup) / warmup))
 
 
-def _see_say(answer: Answer) -> list:
+def _see_factor(answer: Answer) -> list:
     return [answer(i / 20, s, w) for s, w in ((0.4, 0.1), (0.0, 0.25)) for i in range(21)]
 
 
-_SAY = {
-    "no_warm": lambda p, start, warm: min(1.0, max(0.0, (p - start) / warm)),
-    "jump": lambda p, start, warm: float(p >= start + warm),
-    "jump_at_start": lambda p, start, warm: float(p >= start),
-    "endless": lambda p, start, warm: max(0.0, (p - start - warm) / warm),
-    "negative": lambda p, start, warm: min(1.0, (p - start - warm) / warm),
-    "until_the_end": lambda p, start, warm: max(0.0, (p - start - warm) / (1 - start - warm)),
-    "from_zero": lambda p, start, warm: min(1.0, p / (start + warm)),
-    "faded_out": lambda p, start, warm: 1 - say(p, start, warm),
+_FACTOR = {
+    "no_warmup": lambda p, start, warmup: min(1.0, max(0.0, (p - start) / warmup)),
+    "jump": lambda p, start, warmup: float(p >= start + warmup),
+    "jump_at_start": lambda p, start, warmup: float(p >= start),
+    "endless": lambda p, start, warmup: max(0.0, (p - start - warmup) / warmup),
+    "negative": lambda p, start, warmup: min(1.0, (p - start - warmup) / warmup),
+    "until_the_end": lambda p, start, warmup: max(0.0, (p - start - warmup) / (1 - start - warmup)),
+    "from_zero": lambda p, start, warmup: min(1.0, p / (start + warmup)),
+    "falling": lambda p, start, warmup: 1 - disc_factor(p, start, warmup),
 }
 
 
-def patch_side(levels: int) -> int:
-    """How many pixels, each way, one logit of the critic sees."""
-    seen = 1 + 3 + 3  # backwards: the last two layers have stride 1
-    for _ in range(levels):
-        seen = 2 * seen + 2  # a kernel of 4 with stride 2: (seen − 1) · 2 + 4
-    return seen
+def patch_side(num_levels: int) -> int:
+    """The side of the receptive field of one logit of the discriminator, in pixels."""
+    side = 1 + 3 + 3  # backwards: the last two layers have stride 1
+    for _ in range(num_levels):
+        side = 2 * side + 2  # a kernel of 4 with stride 2: (side − 1) · 2 + 4
+    return side
 
 
 def _see_patch(answer: Answer) -> list:
@@ -272,65 +273,65 @@ _PATCH = {
 
 
 def two_losses(
-    critic: Critic, x: Float[Tensor, "b 3 h w"], drawn: Float[Tensor, "b 3 h w"]
+    discriminator: Discriminator, x: Float[Tensor, "b 3 h w"], drawn: Float[Tensor, "b 3 h w"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(the generator's term, the critic's loss), each with a gradient for its own player alone."""
-    ours = -critic.frozen(drawn).mean()
-    real, fake = critic(x), critic(drawn.detach())
+    """(generator loss, discriminator loss), each with a gradient for its own network alone."""
+    ours = -discriminator.with_frozen_weights(drawn).mean()
+    real, fake = discriminator(x), discriminator(drawn.detach())
     return ours, (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def _see_two(answer: Answer) -> list:
-    critic = Critic(CriticConfig(4, 1)).eval()
-    for i, p in enumerate(critic.parameters()):
+    discriminator = Discriminator(DiscriminatorConfig(4, 1)).eval()
+    for i, p in enumerate(discriminator.parameters()):
         p.data = 0.3 * _points(i, *p.shape)
     decoder, z = _points(21, 3, 3).requires_grad_(), _points(22, 2, 3, 12, 12)
     drawn = torch.einsum("ij,bjhw->bihw", decoder, z)
-    ours, theirs = answer(critic, _points(23, 2, 3, 12, 12), drawn)
-    leaves = (decoder, *critic.parameters())
+    ours, theirs = answer(discriminator, _points(23, 2, 3, 12, 12), drawn)
+    leaves = (decoder, *discriminator.parameters())
     return [ours, theirs, *_gradients(ours, *leaves), *_gradients(theirs, *leaves)]
 
 
 def _two_but(
-    ours: Callable[[Critic, Tensor], Tensor] = lambda critic, drawn: critic.frozen(drawn),
-    real: Callable[[Critic, Tensor], Tensor] = lambda critic, x: critic(x),
-    fake: Callable[[Critic, Tensor], Tensor] = lambda critic, drawn: critic(drawn.detach()),
+    ours: Callable[[Discriminator, Tensor], Tensor] = lambda D, drawn: D.with_frozen_weights(drawn),
+    real: Callable[[Discriminator, Tensor], Tensor] = lambda D, x: D(x),
+    fake: Callable[[Discriminator, Tensor], Tensor] = lambda D, drawn: D(drawn.detach()),
 ) -> Answer:
     """Both losses, with logits computed in other ways."""
-    return lambda critic, x, drawn: (
-        -ours(critic, drawn).mean(),
-        critic_loss(real(critic, x).flatten(), fake(critic, drawn).flatten()),
+    return lambda D, x, drawn: (
+        -ours(D, drawn).mean(),
+        discriminator_loss(real(D, x).flatten(), fake(D, drawn).flatten()),
     )
 
 
-def _attached(critic: Critic, drawn: Tensor) -> Tensor:
-    return critic(drawn)
+def _attached(discriminator: Discriminator, drawn: Tensor) -> Tensor:
+    return discriminator(drawn)
 
 
-def _cut(critic: Critic, drawn: Tensor) -> Tensor:
-    return critic(drawn).detach()
+def _cut(discriminator: Discriminator, drawn: Tensor) -> Tensor:
+    return discriminator(drawn).detach()
 
 
 _TWO = {
     "attached": _two_but(fake=_attached),
-    "thawed": _two_but(ours=_attached),
+    "not_frozen": _two_but(ours=_attached),
     "both_attached": _two_but(_attached, fake=_attached),
-    "deaf": _two_but(ours=lambda critic, drawn: critic(drawn.detach())),
-    "deaf_and_frozen": _two_but(ours=_cut),
+    "detached_in_the_other": _two_but(ours=lambda D, drawn: D(drawn.detach())),
+    "constant": _two_but(ours=_cut),
     "swapped": _two_but(
-        ours=lambda critic, drawn: critic(drawn.detach()),
-        fake=lambda critic, drawn: critic.frozen(drawn),
+        ours=lambda D, drawn: D(drawn.detach()),
+        fake=lambda D, drawn: D.with_frozen_weights(drawn),
     ),
-    "critic_half": _two_but(fake=_cut),
-    "critic_asleep": _two_but(real=_cut, fake=_cut),
-    "exchanged": lambda critic, x, drawn: two_losses(critic, x, drawn)[::-1],
+    "real_only": _two_but(fake=_cut),
+    "nothing_learned": _two_but(real=_cut, fake=_cut),
+    "exchanged": lambda D, x, drawn: two_losses(D, x, drawn)[::-1],
 }
 
 EXERCISES = {
-    "4.1": Code(critic_loss, _see_critic, _CRITIC),
+    "4.1": Code(discriminator_loss, _see_discriminator, _DISCRIMINATOR),
     "4.2": Code(generator_term, _see_generator, _GENERATOR),
     "4.3": Code(patch_side, _see_patch, _PATCH),
-    "4.4": Code(say, _see_say, _SAY),
+    "4.4": Code(disc_factor, _see_factor, _FACTOR),
     "4.5": Code(my_distance, _see_distance, _DISTANCE),
     "4.6": Code(my_lambda, _see_lambda, _LAMBDA),
     "4.7": Code(two_losses, _see_two, _TWO),

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from t2ilearn.lessons.exercises import Answer, Code
-from t2ilearn.tokens import NULL, PAD, null_caption
+from t2ilearn.models.tokens import NULL, PAD, null_caption
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -19,10 +19,10 @@ def _points(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def soft_draw(
+def soft_sample(
     logits: Float[Tensor, "b k n"], noise: Float[Tensor, "b k n"], temperature: float
 ) -> Float[Tensor, "b k n"]:
-    """softmax((l + g) / τ), over the codes."""
+    """softmax((l + g) / τ), over the K tokens."""
     return ((logits + noise) / temperature).softmax(1)
 
 
@@ -38,14 +38,14 @@ def _see_draw(answer: Answer) -> list:
     return seen
 
 
-def _one_code(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+def _one_hot(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     best = F.one_hot((logits + noise).argmax(1), logits.shape[1])
     return best.movedim(-1, 1).float()
 
 
 def _straight(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    y = soft_draw(logits, noise, temperature)
-    return _one_code(logits, noise, temperature) + y - y.detach()
+    y = soft_sample(logits, noise, temperature)
+    return _one_hot(logits, noise, temperature) + y - y.detach()
 
 
 _DRAW = {
@@ -58,17 +58,17 @@ _DRAW = {
     "shares": lambda x, g, t: ((x.softmax(1) + g) / t).softmax(1),
     "places": lambda x, g, t: ((x + g) / t).softmax(2),
     "no_softmax": lambda x, g, t: (x + g) / t,
-    "one_code": _one_code,
+    "one_hot": _one_hot,
     "straight": _straight,
-    "detached": lambda x, g, t: soft_draw(x.detach(), g, t),
+    "detached": lambda x, g, t: soft_sample(x.detach(), g, t),
 }
 
 
-def to_uniform(logits: Float[Tensor, "b k h w"], numbers: int) -> Float[Tensor, ""]:
-    """D_KL(q ‖ uniform) of all codes of a picture, in nats a number of x; a mean over pictures."""
+def kl_to_uniform(logits: Float[Tensor, "b k h w"], values: int) -> Float[Tensor, ""]:
+    """D_KL(q ‖ uniform), summed over a picture's tokens, a mean over pictures, per pixel value."""
     log_q = logits.log_softmax(1)
     nats = (log_q.exp() * (log_q + math.log(logits.shape[1]))).sum((1, 2, 3))
-    return nats.mean() / numbers
+    return nats.mean() / values
 
 
 def _see_uniform(answer: Answer) -> list:
@@ -81,20 +81,20 @@ def _spread(q: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _uniform_but(each: Any = None, total: Any = None, dim: int = 1) -> Answer:
-    """The divergence with another summand, another mean, or a softmax over something else."""
+    """The KL term with another summand, another mean, or a softmax over something else."""
 
-    def answer(logits: Tensor, numbers: int) -> Tensor:
+    def answer(logits: Tensor, values: int) -> Tensor:
         q, log_q, k = logits.softmax(dim), logits.log_softmax(dim), math.log(logits.shape[1])
         nats = _spread(q, log_q) + k if each is None else each(q, log_q, k)  # (B, h, w)
-        return nats.sum((1, 2)).mean() / numbers if total is None else total(nats, numbers)
+        return nats.sum((1, 2)).mean() / values if total is None else total(nats, values)
 
     return answer
 
 
 _UNIFORM = {
-    "a_code": _uniform_but(total=lambda nats, n: nats.mean()),
-    "a_picture": _uniform_but(total=lambda nats, n: nats.sum((1, 2)).mean()),
-    "code_and_number": _uniform_but(total=lambda nats, n: nats.mean() / n),
+    "per_token": _uniform_but(total=lambda nats, n: nats.mean()),
+    "per_picture": _uniform_but(total=lambda nats, n: nats.sum((1, 2)).mean()),
+    "token_and_value": _uniform_but(total=lambda nats, n: nats.mean() / n),
     "whole_batch": _uniform_but(total=lambda nats, n: nats.sum() / n),
     "mean": lambda x, n: (x.softmax(1) * (x.log_softmax(1) + math.log(x.shape[1]))).mean(),
     "turned": _uniform_but(lambda q, log_q, k: -log_q.mean(1) - k),
@@ -108,10 +108,10 @@ _UNIFORM = {
 
 
 def embed(
-    caption: Int[Tensor, "b t"], words: Float[Tensor, "v d"], padding: Float[Tensor, "t d"]
+    caption: Int[Tensor, "b t"], text_embedding: Float[Tensor, "v d"], padding: Float[Tensor, "t d"]
 ) -> Float[Tensor, "b t d"]:
-    """A vector for each place: the word's, or where there is none the place's own."""
-    return torch.where((caption != PAD)[..., None], words[caption], padding)
+    """A vector for each place: the text token's, or where there is padding the place's own."""
+    return torch.where((caption != PAD)[..., None], text_embedding[caption], padding)
 
 
 def _see_embed(answer: Answer) -> Any:
@@ -125,8 +125,8 @@ def _count_from_the_first(caption: Tensor, words: Tensor, padding: Tensor) -> Te
 
 
 _EMBED = {
-    "a_word": lambda q, words, padding: words[q],
-    "nothing": lambda q, words, padding: words[q] * (q != PAD)[..., None],
+    "id_zero": lambda q, words, padding: words[q],
+    "zeros": lambda q, words, padding: words[q] * (q != PAD)[..., None],
     "added": lambda q, words, padding: words[q] + padding * (q == PAD)[..., None],
     "everywhere": lambda q, words, padding: words[q] + padding,
     "turned": lambda q, words, padding: torch.where((q == PAD)[..., None], words[q], padding),
@@ -138,36 +138,39 @@ _EMBED = {
 
 
 def two_terms(
-    said: Float[Tensor, "b t v"],
-    drawn: Float[Tensor, "b n k"],
+    text_logits: Float[Tensor, "b t v"],
+    image_logits: Float[Tensor, "b n k"],
     caption: Int[Tensor, "b t"],
-    codes: Int[Tensor, "b n"],
+    indices: Int[Tensor, "b n"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(nats a word, nats a code, 1/8 of the one + 7/8 of the other)."""
+    """(nats per text token, nats per image token, 1/8 of the first + 7/8 of the second)."""
     counts = (caption != PAD) & (caption[:, :1] != NULL)
-    nats = F.cross_entropy(said.mT, caption, reduction="none") * counts
-    words = nats.sum() / counts.sum().clamp(min=1)
-    picture = F.cross_entropy(drawn.mT, codes)
-    return words, picture, words / 8 + 7 * picture / 8
+    nats = F.cross_entropy(text_logits.mT, caption, reduction="none") * counts
+    text = nats.sum() / counts.sum().clamp(min=1)
+    image = F.cross_entropy(image_logits.mT, indices)
+    return text, image, text / 8 + 7 * image / 8
 
 
 def _see_terms(answer: Answer) -> list:
     caption = torch.tensor([[5, 3, 1, 0, 0], [4, 4, 6, 3, 1], [NULL, 1, 0, 0, 0]])
-    codes = torch.tensor([[0, 1], [2, 3], [3, 0]])
-    said, drawn = 2 * _points(7, 3, 5, 7), 2 * _points(8, 3, 2, 4)
-    return [*answer(said, drawn, caption, codes), *answer(said, drawn, caption[[2, 2, 2]], codes)]
+    indices = torch.tensor([[0, 1], [2, 3], [3, 0]])
+    text, image = 2 * _points(7, 3, 5, 7), 2 * _points(8, 3, 2, 4)
+    empty = caption[[2, 2, 2]]
+    return [*answer(text, image, caption, indices), *answer(text, image, empty, indices)]
 
 
-def _terms_but(words: Any = None, share: float = 1 / 8, total: Any = None) -> Answer:
-    """Both terms, with one thing wrong. `words` gets the nats, what is a word, what is no ∅."""
+def _terms_but(text: Any = None, share: float = 1 / 8, total: Any = None) -> Answer:
+    """Both terms with one thing wrong. `text` gets the nats, what is no padding, what is not ∅."""
 
-    def answer(said: Tensor, drawn: Tensor, caption: Tensor, codes: Tensor) -> tuple:
-        nats = F.cross_entropy(said.mT, caption, reduction="none")
+    def answer(
+        text_logits: Tensor, image_logits: Tensor, caption: Tensor, indices: Tensor
+    ) -> tuple:
+        nats = F.cross_entropy(text_logits.mT, caption, reduction="none")
         real, asked = caption != PAD, (caption[:, :1] != NULL).expand_as(caption)
         counts = (real & asked).float()
         right = (nats * counts).sum() / counts.sum().clamp(min=1)
-        w = right if words is None else words(nats, real.float(), asked.float())
-        p = F.cross_entropy(drawn.mT, codes, reduction="none")
+        w = right if text is None else text(nats, real.float(), asked.float())
+        p = F.cross_entropy(image_logits.mT, indices, reduction="none")
         mixed = share * w + (1 - share) * p.mean()
         return w, p.mean(), mixed if total is None else total(w, p, (nats * counts).sum(), counts)
 
@@ -180,7 +183,7 @@ def _mean(nats: Tensor, counts: Tensor) -> Tensor:
 
 _TERMS = {
     "padding_too": _terms_but(lambda nats, real, asked: _mean(nats, asked)),
-    "nothing_too": _terms_but(lambda nats, real, asked: _mean(nats, real)),
+    "empty_too": _terms_but(lambda nats, real, asked: _mean(nats, real)),
     "all_too": _terms_but(lambda nats, real, asked: nats.mean()),
     "all_places": _terms_but(lambda nats, real, asked: (nats * real * asked).mean()),
     "captions": _terms_but(
@@ -196,35 +199,35 @@ _TERMS = {
     "one_pot": _terms_but(
         total=lambda w, p, nats, counts: (nats + p.sum()) / (counts.sum() + p.numel())
     ),
-    "exchanged": lambda said, drawn, caption, codes: tuple(
-        two_terms(said, drawn, caption, codes)[i] for i in (1, 0, 2)
+    "exchanged": lambda text, image, caption, indices: tuple(
+        two_terms(text, image, caption, indices)[i] for i in (1, 0, 2)
     ),
 }
 
 
 def guided(
-    model: Model, codes: Int[Tensor, "b n"], caption: Int[Tensor, "b t"], scale: float
+    model: Model, indices: Int[Tensor, "b n"], caption: Int[Tensor, "b t"], scale: float
 ) -> Float[Tensor, "b k"]:
     """u + s (c − u), where u are the logits without a caption; the caption stays as it is."""
-    c, u = model(codes, caption), model(codes, null_caption(*caption.shape))
+    c, u = model(indices, caption), model(indices, null_caption(*caption.shape))
     return u + scale * (c - u)
 
 
-def _toy_model(codes: Tensor, caption: Tensor) -> Tensor:
-    """Logits (B, 5) that depend on all codes and words, and on their order."""
-    said = _points(9, caption.shape[1], 8, 5)[torch.arange(caption.shape[1]), caption].sum(1)
-    return said + _points(10, 4, 5)[codes].sum(1)
+def _toy_model(indices: Tensor, caption: Tensor) -> Tensor:
+    """Logits (B, 5) that depend on all tokens of image and text, and on the text's order."""
+    text = _points(9, caption.shape[1], 8, 5)[torch.arange(caption.shape[1]), caption].sum(1)
+    return text + _points(10, 4, 5)[indices].sum(1)
 
 
 def _see_guided(answer: Answer) -> list:
-    codes, caption = torch.tensor([[0, 3], [2, 1]]), torch.tensor([[5, 3, 1, 0], [4, 6, 3, 1]])
-    return [answer(_toy_model, codes, caption, scale) for scale in (3.0, 0.0)]
+    indices, caption = torch.tensor([[0, 3], [2, 1]]), torch.tensor([[5, 3, 1, 0], [4, 6, 3, 1]])
+    return [answer(_toy_model, indices, caption, scale) for scale in (3.0, 0.0)]
 
 
 def _guided_but(mix: Any = None, nothing: Callable[[Tensor], Tensor] | None = None) -> Answer:
-    def answer(model: Model, codes: Tensor, caption: Tensor, scale: float) -> Tensor:
+    def answer(model: Model, indices: Tensor, caption: Tensor, scale: float) -> Tensor:
         empty = null_caption(*caption.shape) if nothing is None else nothing(caption)
-        c, u = model(codes, caption), model(codes, empty)
+        c, u = model(indices, caption), model(indices, empty)
         return u + scale * (c - u) if mix is None else mix(c, u, scale)
 
     return answer
@@ -270,7 +273,7 @@ _BEST = {
 
 
 def hide_below(picture: Float[Tensor, "3 h w"], rows: int, side: int) -> Float[Tensor, "3 h w"]:
-    """Below the first `rows` of `side` rows of codes, the last row of pixels that stays."""
+    """Below the first `rows` of `side` rows of tokens, the last row of pixels that is kept."""
     last = rows * picture.shape[1] // side
     seen = picture.clone()
     seen[:, last:] = picture[:, last - 1 : last]
@@ -294,7 +297,7 @@ def _hidden_but(
 
 
 _HIDDEN = {
-    "peeks": lambda picture, rows, side: picture.clone(),
+    "visible": lambda picture, rows, side: picture.clone(),
     "grey": _hidden_but(fill=lambda picture, last: 0.0),
     "black": _hidden_but(fill=lambda picture, last: -1.0),
     "pixels": _hidden_but(lambda rows, h, side: rows),
@@ -306,8 +309,8 @@ _HIDDEN = {
 }
 
 EXERCISES = {
-    "5.1": Code(soft_draw, _see_draw, _DRAW),
-    "5.2": Code(to_uniform, _see_uniform, _UNIFORM),
+    "5.1": Code(soft_sample, _see_draw, _DRAW),
+    "5.2": Code(kl_to_uniform, _see_uniform, _UNIFORM),
     "5.3": Code(embed, _see_embed, _EMBED),
     "5.4": Code(two_terms, _see_terms, _TERMS),
     "5.5": Code(guided, _see_guided, _GUIDED),

@@ -7,9 +7,10 @@
 
     check("2.3", straight_through)       # "Right.", or the misconception that fits
 
-A check is a comparison. `observe` calls an answer on fixed inputs and returns what matters of it:
-values, or gradients. What it sees of the reader's answer is held against what it sees of the
-solution, and of each known slip. So a mistake is found by what it *does*, however it is written.
+A check is a comparison. `measure` calls an answer on fixed inputs and returns what matters of it:
+values, or gradients. What it measures on the reader's answer is compared with what it measures on
+the solution and on each known mistake. So a mistake is found by what it *does*, however it is
+written.
 
 The code of a chapter's exercises is in `chapterNN.py`, their words are in `chapterNN.toml`.
 """
@@ -31,12 +32,12 @@ FOLDER = Path(__file__).parent
 
 
 class Code(NamedTuple):
-    """A solution, what to look at in an answer, wrong answers by name, and whether answers change
+    """A solution, what to measure on an answer, wrong answers by name, and whether answers change
     their arguments in place and return nothing."""
 
     solution: Answer
-    observe: Callable[[Answer], Any]
-    slips: Mapping[str, Answer]
+    measure: Callable[[Answer], Any]
+    mistakes: Mapping[str, Answer]
     in_place: bool = False
 
 
@@ -51,8 +52,8 @@ class Exercise:
         minutes: an estimate of the time that it takes.
         task: what to do, in Markdown.
         hint: a nudge, in Markdown.
-        moral: what to say after "Right".
-        slips: what to say of each wrong answer in `code.slips`, by its name.
+        moral: the message after "Right".
+        mistakes: the message for each wrong answer in `code.mistakes`, by its name.
         code: see `Code`.
 
     Raises:
@@ -66,12 +67,12 @@ class Exercise:
     task: str
     hint: str
     moral: str
-    slips: Mapping[str, str]
+    mistakes: Mapping[str, str]
     code: Code = field(repr=False)
 
     def __post_init__(self) -> None:
-        if self.slips.keys() != self.code.slips.keys() or self.stars not in (1, 2, 3):
-            odd = ", ".join(self.slips.keys() ^ self.code.slips.keys())
+        if self.mistakes.keys() != self.code.mistakes.keys() or self.stars not in (1, 2, 3):
+            odd = ", ".join(self.mistakes.keys() ^ self.code.mistakes.keys())
             raise ValueError(f"Exercise {self.id}: one to three stars, and words for: {odd}.")
 
     @property
@@ -115,7 +116,7 @@ def _folded(title: str, body: str) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check has to say."""
+    """The result of a check and its message."""
 
     right: bool
     message: str
@@ -131,7 +132,7 @@ class _Guarded:
 
     answer: Answer
     in_place: bool
-    said: list[Any] = field(default_factory=list)
+    returned: list[Any] = field(default_factory=list)
 
     def __call__(self, *arguments: Any) -> Any:
         before = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
@@ -149,38 +150,38 @@ class _Guarded:
                     "It changes its argument in place. Whoever calls it will be surprised: "
                     "compute something new, or clone first."
                 )
-        self.said.append(result)
+        self.returned.append(result)
         numbers = isinstance(result, list) and all(isinstance(x, int | float) for x in result)
         return torch.tensor(result) if numbers else result
 
 
 def judge(task: Exercise, answer: Any) -> Verdict:
-    """Hold an answer against the solution and the known slips."""
+    """Hold an answer against the solution and the known mistakes."""
     if not callable(answer):
         return Verdict(False, f'Give the function itself: check("{task.id}", {task.name}).')
     code = task.code
-    want = _numbers(code.observe(code.solution))
+    want = _numbers(code.measure(code.solution))
     watched = _Guarded(answer, code.in_place)
     try:
-        got = _numbers(code.observe(watched))
+        got = _numbers(code.measure(watched))
     except _Stop as stop:
         return Verdict(False, str(stop))
-    except Exception:  # the answer is nothing that the observer can use
-        what = type(watched.said[-1]).__name__ if watched.said else "nothing"
+    except Exception:  # the answer is nothing that `measure` can use
+        what = type(watched.returned[-1]).__name__ if watched.returned else "nothing"
         return Verdict(False, f"What it returns ({what}) is not what the task asks for.")
     if _alike(got, want):
         return Verdict(True, f"Right. {task.moral}".strip())
-    for name, slip in code.slips.items():
-        if _alike(got, _numbers(code.observe(slip))):
-            return Verdict(False, task.slips[name])
+    for name, mistake in code.mistakes.items():
+        if _alike(got, _numbers(code.measure(mistake))):
+            return Verdict(False, task.mistakes[name])
     return Verdict(False, _difference(got, want))
 
 
-def _numbers(observed: Any) -> list[Tensor]:
-    """What was observed, as tensors of float64."""
-    if isinstance(observed, list | tuple):
-        return [tensor for part in observed for tensor in _numbers(part)]
-    return [torch.as_tensor(observed).detach().double()]
+def _numbers(measured: Any) -> list[Tensor]:
+    """What was measured, as tensors of float64."""
+    if isinstance(measured, list | tuple):
+        return [tensor for part in measured for tensor in _numbers(part)]
+    return [torch.as_tensor(measured).detach().double()]
 
 
 def _alike(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -237,7 +238,7 @@ def exercise(number: str) -> Exercise:
 
 
 def check(number: str, answer: Any) -> None:
-    """Print what is to be said of an answer.
+    """Print the result of checking an answer.
 
     Args:
         number: the exercise's, such as "2.3".

@@ -2,7 +2,7 @@
 
     book = ledger(model, vqvae_loss(x, model(x)))
     book                                              # ✓ moves, · does not, – has no parameters
-    book.matches({"reconstruction": "encoder decoder", "codebook": "codebook", ...})
+    book.matches({"reconstruction": "encoder decoder", "codebook_loss": "codebook", ...})
 
 A term *moves* a part if the gradient of that term alone, with respect to the part's parameters, is
 not zero. What changes in the forward pass, such as a codebook that follows moving averages, is
@@ -19,82 +19,116 @@ import torch
 from torch import Tensor, nn
 
 NAMES = {"quantizer": "codebook"}  # what the book calls a part, where the code says otherwise
-ORDER = ("encoder", "codebook", "decoder")  # as a picture meets them; others follow
+ORDER = ("encoder", "codebook", "decoder")  # the order of the forward pass; others follow
 FREE = "it has no parameters, so no term can move it; if it changes, then in the forward pass"
 
 # Reasons that autograd cannot know, by the terms' class, the term and the part: whether it moves
 # as a rule, and why. They are not given where a model breaks the rule.
 REASONS: dict[str, dict[tuple[str, str], tuple[bool, str]]] = {
     "VQVAELoss": {
-        ("reconstruction", "encoder"): (True, "straight through copies the gradient at z_q to z"),
+        ("reconstruction", "encoder"): (
+            True,
+            "the straight-through estimator copies the gradient at z_q to z",
+        ),
         ("reconstruction", "codebook"): (
             False,
-            "straight through jumps over the codebook: in z + (e − z).detach() the code e is a "
-            "constant",
+            "the straight-through estimator bypasses the codebook: in z + (e − z).detach() the "
+            "code vector e is a constant",
         ),
-        ("reconstruction", "decoder"): (True, "x̂ is what the decoder paints"),
-        ("codebook", "encoder"): (False, "z is detached in this term, so that only the codes walk"),
-        ("codebook", "codebook"): (
-            True,
-            "by gradient, this term alone pulls codes to their encodings",
-        ),
-        ("codebook", "decoder"): (False, "the term compares z with e; no pixel is in it"),
-        ("commitment", "encoder"): (True, "z walks to its code here"),
-        ("commitment", "codebook"): (
+        ("reconstruction", "decoder"): (True, "x̂ is the decoder's output"),
+        ("codebook_loss", "encoder"): (
             False,
-            "e is detached here, so only the encoder walks",
+            "z is detached in this term, so that only the code vectors move",
         ),
-        ("commitment", "decoder"): (False, "the term compares z with e; no pixel is in it"),
+        ("codebook_loss", "codebook"): (
+            True,
+            "by gradient, this term alone pulls code vectors to their encodings",
+        ),
+        ("codebook_loss", "decoder"): (False, "the term compares z with e; no pixel is in it"),
+        ("commitment_loss", "encoder"): (True, "this term moves z to its code vector"),
+        ("commitment_loss", "codebook"): (
+            False,
+            "e is detached in this term, so that only the encoder moves",
+        ),
+        ("commitment_loss", "decoder"): (False, "the term compares z with e; no pixel is in it"),
     }
 }
-_ALONE = "it is computed without the critic"
+_WITHOUT = "it is computed without the discriminator"
 _OF_THE_PICTURE = {
-    "encoder": (True, "x̂ depends on z, and straight through copies the gradient at z_q to z"),
-    "codebook": (False, "straight through jumps over the codebook, whatever x̂ is judged by"),
-    "decoder": (True, "x̂ is what the decoder paints"),
+    "encoder": (
+        True,
+        "x̂ depends on z, and the straight-through estimator copies the gradient at z_q to z",
+    ),
+    "codebook": (
+        False,
+        "the straight-through estimator bypasses the codebook, for every loss of x̂",
+    ),
+    "decoder": (True, "x̂ is the decoder's output"),
 }
-# Both players of a VQGAN: what looks at x̂ moves encoder and decoder, and nobody moves the other.
-REASONS["Step"] = {
+# Generator and discriminator of a VQGAN: each term of x̂ moves encoder and decoder, and no term
+# moves both networks.
+REASONS["VQGANStep"] = {
     **{
         (term, part): why
-        for term in ("pixels", "perceptual", "adversarial")
+        for term in ("pixels", "perceptual", "generator_loss")
         for part, why in _OF_THE_PICTURE.items()
     },
     **{place: why for place, why in REASONS["VQVAELoss"].items() if place[0] != "reconstruction"},
-    **{(t, "critic"): (False, _ALONE) for t in ("pixels", "perceptual", "codebook", "commitment")},
-    ("adversarial", "critic"): (
+    **{
+        (term, "discriminator"): (False, _WITHOUT)
+        for term in ("pixels", "perceptual", "codebook_loss", "commitment_loss")
+    },
+    ("generator_loss", "discriminator"): (
         False,
-        "the generator asks a critic whose weights are held constant, or it would teach it to "
-        "praise",
+        "the discriminator's weights are held constant in this term, or it would learn to give "
+        "high logits to every reconstruction",
     ),
     **{
-        ("critic", part): (False, "x̂ is detached before the critic sees it here")
+        ("discriminator_loss", part): (False, "x̂ is detached before the discriminator gets it here")
         for part in ("encoder", "codebook", "decoder")
     },
-    ("critic", "critic"): (True, "by this term alone it learns to tell real from drawn"),
+    ("discriminator_loss", "discriminator"): (
+        True,
+        "by this term alone it learns to distinguish real pictures from reconstructions",
+    ),
 }
-REASONS["VQGANLoss"] = REASONS["Step"]  # the model's share of it
+REASONS["VQGANLoss"] = REASONS["VQGANStep"]  # the model's share of it
 REASONS["DVAELoss"] = {
-    ("reconstruction", "encoder"): (True, "the soft draw y depends on the logits, and x on y"),
-    ("reconstruction", "codebook"): (True, "the decoder hears a mixture of the codes themselves"),
-    ("reconstruction", "decoder"): (True, "μ and ln b are what the decoder says"),
-    ("divergence", "encoder"): (True, "it pulls the logits together"),
-    ("divergence", "codebook"): (False, "it asks how likely codes are, not what they look like"),
-    ("divergence", "decoder"): (False, "no pixel is in it"),
+    ("reconstruction", "encoder"): (
+        True,
+        "the Gumbel-softmax sample y depends on the logits, and x̂ on y",
+    ),
+    ("reconstruction", "codebook"): (True, "the decoder's input is a mixture of the code vectors"),
+    ("reconstruction", "decoder"): (True, "μ and ln b are the decoder's outputs"),
+    ("kl", "encoder"): (True, "it pulls the logits towards equal values"),
+    ("kl", "codebook"): (
+        False,
+        "it depends on the tokens' probabilities and not on the code vectors",
+    ),
+    ("kl", "decoder"): (False, "no pixel is in it"),
 }
-_READS = "what is read takes part in every guess after it"
+_INPUT = "it is part of the input of every later prediction"
 REASONS["DALLELoss"] = {
-    ("words", "word_embedding"): (True, "words are read and said through this one table"),
-    ("words", "code_embedding"): (False, "the codes come after all words, and nobody looks ahead"),
-    ("words", "places"): (False, "no code has its place yet while words are said"),
-    ("words", "padding"): (False, "what follows a caption's end is not counted in this term"),
-    ("picture", "word_embedding"): (True, _READS),
-    ("picture", "code_embedding"): (True, "codes are read and said through this one table"),
-    ("picture", "places"): (True, _READS),
-    ("picture", "padding"): (True, "no mask keeps codes from what stands in for a word"),
-    **{(t, "blocks"): (True, "every guess comes through them") for t in ("words", "picture")},
+    ("text", "text_embedding"): (
+        True,
+        "this one table embeds the text tokens and scores the next one",
+    ),
+    ("text", "image_embedding"): (
+        False,
+        "image tokens come after all text tokens, and attention is causal",
+    ),
+    ("text", "places"): (False, "the image tokens' positions come after all text tokens"),
+    ("text", "padding"): (False, "what follows a caption's end is not counted in this term"),
+    ("image", "text_embedding"): (True, _INPUT),
+    ("image", "image_embedding"): (
+        True,
+        "this one table embeds the image tokens and scores the next one",
+    ),
+    ("image", "places"): (True, _INPUT),
+    ("image", "padding"): (True, "no mask hides the padding vectors from image tokens"),
+    **{(t, "blocks"): (True, "every prediction passes through them") for t in ("text", "image")},
 }
-READINGS = {"total", "weight", "real_logit", "fake_logit"}  # sums and readings; no terms
+READINGS = {"total", "adaptive_weight", "logits_real", "logits_fake"}  # sums and readings
 
 
 @dataclass(frozen=True)
@@ -127,7 +161,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prediction held against a ledger: `right`, or one sentence for each wrong cell."""
+    """A prediction compared with a ledger: `right`, or one sentence for each wrong cell."""
 
     cells: int
     wrong: list[str]
@@ -149,7 +183,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Rows are loss terms, columns parts of the model: `ledger["codebook", "encoder"].moves`."""
+    """Rows are loss terms, columns a model's parts: `ledger["codebook_loss", "encoder"].moves`."""
 
     terms: tuple[str, ...]
     parts: tuple[str, ...]
@@ -191,15 +225,15 @@ class Ledger:
             rows += f'<tr><th scope="row">{html.escape(term)}</th>'
             for part in self.parts:
                 cell = self.cells[term, part]
-                said = f"{'moves' if cell.moves else 'does not move'}: {cell.finding}"
-                rows += f'<td title="{html.escape(said)}">{cell.entry()}</td>'
+                title = f"{'moves' if cell.moves else 'does not move'}: {cell.finding}"
+                rows += f'<td title="{html.escape(title)}">{cell.entry()}</td>'
             rows += "</tr>"
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._footnotes())
         caption = "<caption>✓ the term moves the part, · it does not</caption>"
         return f"<table>{caption}<tr><td></td>{head}</tr>{rows}</table>{notes}"
 
     def matches(self, prediction: Mapping[str, str | Iterable[str]]) -> Comparison:
-        """Hold a prediction against the ledger.
+        """Compare a prediction with the ledger.
 
         Args:
             prediction: for each term the parts that it moves, as one string with blanks between
@@ -208,9 +242,11 @@ class Ledger:
         Raises:
             ValueError: if a term is missing, or a term or part is not in the ledger.
         """
-        said = {t: set(p.split() if isinstance(p, str) else p) for t, p in prediction.items()}
-        unknown = (set(said) - set(self.terms)) | (set().union(*said.values()) - set(self.parts))
-        missing = [term for term in self.terms if term not in said]
+        predicted = {t: set(p.split() if isinstance(p, str) else p) for t, p in prediction.items()}
+        unknown = (set(predicted) - set(self.terms)) | (
+            set().union(*predicted.values()) - set(self.parts)
+        )
+        missing = [term for term in self.terms if term not in predicted]
         if unknown or missing:
             raise ValueError(
                 f"Predict the terms {', '.join(self.terms)}, each with some of the parts "
@@ -223,7 +259,7 @@ class Ledger:
             self._mend(term, part)
             for term in self.terms
             for part in self.parts
-            if self.cells[term, part].moves != (part in said[term])
+            if self.cells[term, part].moves != (part in predicted[term])
         ]
         return Comparison(len(self.cells), wrong)
 
@@ -234,14 +270,17 @@ class Ledger:
         if cell.idle or as_a_rule != cell.moves:
             why = cell.finding
         verb = "moves" if cell.moves else "does not move"
-        return f"The {term} term {verb} the {part}: {why}."
+        name = term.removesuffix("_loss").replace("_", " ")
+        return (
+            f"The {name} {'loss' if term.endswith('_loss') else 'term'} {verb} the {part}: {why}."
+        )
 
 
 def parts_of(model: nn.Module) -> dict[str, list[Tensor]]:
     """A model's parts by the book's names: its children, and "own" for what belongs to none.
 
-    Children without parameters count too if they hold buffers: a codebook may be one. Of two
-    players, the generator is taken apart in turn.
+    Children without parameters count too if they hold buffers: a codebook may be one. Of a
+    generator with its discriminator, the generator is taken apart in turn.
     """
     children = dict(model.named_children())
     if "generator" in children:

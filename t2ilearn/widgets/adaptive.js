@@ -8,10 +8,10 @@ const LARGEST = 1e4;
 const LEFT = 48; // room for the numbers at the axes, of 380
 const DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹";
 
-// λ, and what the critic's gradient is afterwards. As `adaptive_weight`.
-export function weigh(pictures, adversarial, share = 1) {
-  const weight = Math.min(LARGEST, Math.max(0, pictures / (adversarial + DELTA)));
-  return { weight, after: weight * adversarial, added: share * weight * adversarial };
+// λ, and the generator loss's gradient multiplied by it. As `adaptive_weight`.
+export function weigh(pictures, generator, share = 1) {
+  const weight = Math.min(LARGEST, Math.max(0, pictures / (generator + DELTA)));
+  return { weight, after: weight * generator, added: share * weight * generator };
 }
 
 // Three digits of any size: "0.0213", "4.1 × 10⁻⁶".
@@ -38,19 +38,20 @@ export function ends(values, log) {
   return low === high ? [low - 1, high + 1] : [low, high];
 }
 
-// When the critic begins to learn, and when it is first heard: places in the lists, or −1.
+// When the discriminator begins to learn, and when the generator loss is first added to the
+// generator's: places in the lists, or −1.
 export function entries(curves) {
   return {
-    learns: curves.critic.findIndex((v) => v !== 0),
-    heard: curves.weight.findIndex((v) => v !== 0),
+    learns: curves.discriminator_loss.findIndex((v) => v !== 0),
+    added: curves.adaptive_weight.findIndex((v) => v !== 0),
   };
 }
 
 const PANELS = [
-  { title: "λ", log: true, lines: [["weight", 0, "λ"]] },
-  { title: "critic's loss", lines: [["critic", 5, "critic's loss"]] },
-  { title: "mean logits", lines: [["real_logit", 2, "real"], ["fake_logit", 3, "drawn"]] },
-  { title: "pictures", log: true, lines: [["pixels", 0, "pixels"], ["perceptual", 1, "perceptual"]] },
+  { title: "λ", log: true, lines: [["adaptive_weight", 0, "λ"]] },
+  { title: "discriminator loss", lines: [["discriminator_loss", 5, "discriminator loss"]] },
+  { title: "mean logits", lines: [["logits_real", 2, "real"], ["logits_fake", 3, "generated"]] },
+  { title: "picture terms", log: true, lines: [["pixels", 0, "pixels"], ["perceptual", 1, "perceptual"]] },
 ];
 
 // One row of the chart: the curves, with numbers at both ends of the axis.
@@ -81,8 +82,8 @@ function draw(model, el) {
   const steps = curves.step;
   const last = steps.length - 1;
   const begin = () => ({
-    at: model.get("start"), pictures: model.get("pictures"),
-    adversarial: model.get("adversarial"), share: model.get("share"),
+    at: model.get("start"), pictures: model.get("picture_loss"),
+    generator: model.get("generator_loss"), share: model.get("share"),
   });
   let state = begin();
   const frame = shell(el, "The adaptive weight λ", () => {
@@ -92,12 +93,12 @@ function draw(model, el) {
     update();
   });
   const room = ((steps[last] - steps[0]) * LEFT) / (380 - LEFT);
-  const p = plane("Curves of a recorded run: λ, the critic's loss, mean logits, picture terms",
+  const p = plane("Curves of a recorded run: λ, the discriminator loss, mean logits, picture terms",
     { x: [steps[0] - room, steps[last] + room / 8], y: [0, PANELS.length], width: 380, height: 400 });
   p.svg.style.touchAction = "pan-y"; // sideways a finger moves the cursor, up and down the page
   const [ground, moving] = [p.layer(), p.layer()];
-  const { learns, heard } = entries(curves);
-  const marks = [learns, heard].filter((i) => i > 0).map((i) =>
+  const { learns, added: entry } = entries(curves);
+  const marks = [learns, entry].filter((i) => i > 0).map((i) =>
     line(p, [[steps[i], 0], [steps[i], PANELS.length]], "dashed faint"));
   ground.append(...marks, ...PANELS.flatMap((one, i) => panel(p, PANELS.length - i, one, curves, steps)));
   const go = (event) => {
@@ -125,16 +126,17 @@ function draw(model, el) {
     update();
   });
   const sliders = {
-    pictures: slider("‖∇ pictures‖", sizes, state.pictures, change("pictures"), plain),
-    adversarial: slider("‖∇ adversarial‖", [0, ...sizes], state.adversarial,
-      change("adversarial"), plain),
-    share: slider("Term's weight × say", range(0, 1, 0.1), state.share, change("share"),
+    pictures: slider("‖∇ picture terms‖", sizes, state.pictures, change("pictures"), plain),
+    generator: slider("‖∇ generator loss‖", [0, ...sizes], state.generator,
+      change("generator"), plain),
+    share: slider("disc_weight × disc_factor", range(0, 1, 0.1), state.share, change("share"),
       (v) => show(v, 1)),
   };
   const [recorded, computed] = [make("div", { class: "t2i-full" }), make("div", { class: "t2i-full" })];
   frame.body.append(p.svg, make("div", { class: "t2i-wide" }, cursor, recorded,
-    make("p", { class: "t2i-hint" }, "Drag across the curves, or use the slider. Dashed: the critic " +
-      "begins to learn, and is first heard. λ and the picture terms are drawn by powers of ten.")),
+    make("p", { class: "t2i-hint" }, "Drag across the curves, or use the slider. The dashed " +
+      "lines show where the discriminator begins to learn, and where the generator loss is first " +
+      "added. λ and the picture terms have a logarithmic axis.")),
     computed);
   frame.controls.append(...Object.values(sliders));
 
@@ -144,23 +146,25 @@ function draw(model, el) {
     recorded.replaceChildren(table(`Recorded at step ${at.step}`, ["curve", "value"],
       PANELS.flatMap(({ lines, title }) => lines.map(([name, , label]) =>
         [lines.length > 1 && title === "mean logits" ? `logit, ${label}` : label, brief(at[name])]))));
-    const { pictures, adversarial, share } = state;
-    const { weight, after, added } = weigh(pictures, adversarial, share);
-    const most = Math.max(pictures, adversarial, after);
-    const rows = [["pictures", pictures, 0], ["adversarial, as it comes", adversarial, 1],
-      ["× λ", after, 1], ["× λ × weight and say", added, 2]];
+    const { pictures, generator, share } = state;
+    const { weight, after, added } = weigh(pictures, generator, share);
+    const most = Math.max(pictures, generator, after);
+    const rows = [["picture terms", pictures, 0], ["generator loss", generator, 1],
+      ["generator loss × λ", after, 1], ["× disc_weight × disc_factor", added, 2]];
     computed.replaceChildren(table("Gradients at the decoder's last layer: lengths",
-      ["term", `λ = ${brief(pictures)} / (${brief(adversarial)} + 0.0001) = ${brief(weight)}`],
+      ["term", `λ = ${brief(pictures)} / (${brief(generator)} + 0.0001) = ${brief(weight)}`],
       rows.map(([name, value, colour]) => [name, bar(value / most, brief(value), colour)])));
-    const phase = learns < 0 || state.at < learns ? "There is no critic yet."
-      : heard < 0 || state.at < heard ? "The critic learns alone." : "The critic is heard.";
+    const phase = learns < 0 || state.at < learns ? "There is no discriminator yet."
+      : entry < 0 || state.at < entry ? "The discriminator learns alone."
+        : "The generator loss is added.";
     const limit = weight === LARGEST ? " (its limit)" : "";
     frame.say(
-      `Step ${at.step}: λ ${brief(at.weight)}, critic's loss ${brief(at.critic)}, logits ` +
-      `${brief(at.real_logit)} real and ${brief(at.fake_logit)} drawn, pixels ${brief(at.pixels)}, ` +
+      `Step ${at.step}: λ ${brief(at.adaptive_weight)}, discriminator loss ` +
+      `${brief(at.discriminator_loss)}, mean logits ${brief(at.logits_real)} real and ` +
+      `${brief(at.logits_fake)} generated, pixels ${brief(at.pixels)}, ` +
       `perceptual ${brief(at.perceptual)}. ${phase} With the sliders: λ ${brief(weight)}${limit}; the ` +
-      `critic's gradient is ${brief(after / pictures)} of the pictures', ${brief(added / pictures)} with ` +
-      "weight and say.");
+      `generator loss's gradient is ${brief(after / pictures)} times that of the picture terms, ` +
+      `${brief(added / pictures)} times with disc_weight and disc_factor.`);
   }
   update();
 }

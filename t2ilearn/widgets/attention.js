@@ -40,14 +40,14 @@ function draw(model, el) {
     update();
   });
   const options = words.map((word, i) => [i, word]);
-  const asks = choice("Who asks?", options, state.asks, (i) => set("asks")(Number(i)));
+  const asks = choice("Query of", options, state.asks, (i) => set("asks")(Number(i)));
   const weighing = choice("Weights from", [["equal", "nothing: all alike"], ["qk", "query · key"]],
     "qk", set("weighing"));
   const temperature = slider("Temperature τ", [0.1, 0.2, 0.5, 1, 2, 5, 10], 1, set("temperature"));
-  const causal = check("Causal mask: nobody looks ahead", false, set("causal"));
+  const causal = check("Causal mask: no attention to later tokens", false, set("causal"));
 
   const size = { x: [-SIDE, SIDE], y: [-SIDE, SIDE], height: 300, width: 300 };
-  const left = plane("Keys, and the query of who asks", size);
+  const left = plane("Keys, and the chosen query", size);
   const right = plane("Values, and their weighted mean", size);
   const [under, grips] = [left.layer(), left.layer()];
   const [behind, over, holds] = [right.layer(), right.layer(), right.layer()];
@@ -98,12 +98,12 @@ function draw(model, el) {
     query.setAttribute("aria-label", `Query of “${words[i]}”`);
     const number = (v) => (v === -Infinity ? "−∞" : show(v));
     numbers.replaceChildren(table(
-      `What “${words[i]}” takes from each token`,
+      `Attention of “${words[i]}” to each token`,
       ["token", "score", "weight = softmax(score)"],
       words.map((word, j) => [word, number(scores[i][j]), bar(weights[i][j], show(weights[i][j]))])));
     const most = weights[i].indexOf(Math.max(...weights[i]));
-    const whole = state.weighing === "equal" ? "All allowed tokens count alike" :
-      `“${words[i]}” listens most to “${words[most]}”, weight ${show(weights[i][most])}`;
+    const whole = state.weighing === "equal" ? "All allowed tokens have equal weights" :
+      `“${words[i]}” attends most to “${words[most]}”, weight ${show(weights[i][most])}`;
     const hidden = state.causal ? words.length - 1 - i : 0;
     frame.say(`${whole}. The mean of the values is (${show(x)}, ${show(y)}).` +
       (hidden ? ` ${hidden} later ${hidden === 1 ? "token is" : "tokens are"} hidden: score −∞, weight 0.` : ""));

@@ -1,5 +1,5 @@
-// The arithmetic of a vector quantizer, as `t2ilearn.vqvae` does it. Points are arrays of D
-// numbers; z are n encodings, codes K of them, tokens the number of each encoding's code.
+// The arithmetic of a vector quantizer, as `t2ilearn.models.quantizers` does it. Points are arrays
+// of D numbers; z are n encodings, vectors the K code vectors, tokens the index of each encoding's.
 
 import { throwDie } from "./shared.js";
 
@@ -9,60 +9,60 @@ export const RATE = 1;
 
 const squared = (a, b) => a.reduce((sum, v, i) => sum + (v - b[i]) ** 2, 0);
 
-// Eq. 1: the nearest code; the first of several equally near ones.
-export function nearest(z, codes) {
+// Eq. 1: the nearest code vector; the first of several equally near ones.
+export function nearest(z, vectors) {
   return z.map((point) => {
-    const distances = codes.map((code) => squared(point, code));
+    const distances = vectors.map((vector) => squared(point, vector));
     return distances.indexOf(Math.min(...distances));
   });
 }
 
-// Eq. 3 with a decoder that changes nothing: the reconstruction of x is the code itself.
-export function lossTerms(x, z, codes, beta) {
-  const tokens = nearest(z, codes);
+// Eq. 3 with a decoder that changes nothing: the reconstruction of x is the code vector.
+export function lossTerms(x, z, vectors, beta) {
+  const tokens = nearest(z, vectors);
   const mean = (from) =>
-    from.reduce((sum, point, i) => sum + squared(point, codes[tokens[i]]), 0) /
+    from.reduce((sum, point, i) => sum + squared(point, vectors[tokens[i]]), 0) /
     (z.length * z[0].length);
   const [reconstruction, codebook, commitment] = [mean(x), mean(z), mean(z)];
   return { reconstruction, codebook, commitment, total: reconstruction + codebook + beta * commitment };
 }
 
-// What each term tells those whom it may move; β is in the commitment's.
-export function termGradients(x, z, codes, beta) {
-  const tokens = nearest(z, codes);
+// The gradient of each term at what it may move; β is in the commitment's.
+export function termGradients(x, z, vectors, beta) {
+  const tokens = nearest(z, vectors);
   const scale = 2 / (z.length * z[0].length); // squares are means over numbers
-  const codebook = codes.map((code) => code.map(() => 0));
-  tokens.forEach((k, i) => z[i].forEach((v, d) => (codebook[k][d] += scale * (codes[k][d] - v))));
+  const codebook = vectors.map((vector) => vector.map(() => 0));
+  tokens.forEach((k, i) => z[i].forEach((v, d) => (codebook[k][d] += scale * (vectors[k][d] - v))));
   const onCode = (from) => from.map((v, d) => scale * (v[0] - v[1]));
   const pairs = (a, b) => a.map((v, d) => [v, b[d]]);
   return {
     tokens,
-    reconstruction: tokens.map((k, i) => onCode(pairs(codes[k], x[i]))), // copied to z
+    reconstruction: tokens.map((k, i) => onCode(pairs(vectors[k], x[i]))), // copied to z
     codebook,
-    commitment: tokens.map((k, i) => onCode(pairs(z[i], codes[k])).map((g) => beta * g)),
+    commitment: tokens.map((k, i) => onCode(pairs(z[i], vectors[k])).map((g) => beta * g)),
   };
 }
 
 // One step of plain gradient descent on all three terms.
-export function descend(x, z, codes, beta, rate) {
-  const slope = termGradients(x, z, codes, beta);
+export function descend(x, z, vectors, beta, rate) {
+  const slope = termGradients(x, z, vectors, beta);
   return {
     z: z.map((p, i) =>
       p.map((v, d) => v - rate * (slope.reconstruction[i][d] + slope.commitment[i][d]))),
-    codes: codes.map((p, k) => p.map((v, d) => v - rate * slope.codebook[k][d])),
+    vectors: vectors.map((p, k) => p.map((v, d) => v - rate * slope.codebook[k][d])),
   };
 }
 
-// The part of a box that is nearer to code k than to any other, as a polygon. The box is cut by
-// the wall between k and each other code in turn.
-export function cell(codes, k, [x0, x1], [y0, y1]) {
+// The part of a box that is nearer to code vector k than to any other, as a polygon. The
+// box is cut by the wall between k and each other vector in turn.
+export function cell(vectors, k, [x0, x1], [y0, y1]) {
   let corners = [[x0, y0], [x1, y0], [x1, y1], [x0, y1]];
-  codes.forEach((other, j) => {
-    if (squared(other, codes[k]) === 0) {
-      if (j < k) corners = []; // of two codes in one place the first is chosen
+  vectors.forEach((other, j) => {
+    if (squared(other, vectors[k]) === 0) {
+      if (j < k) corners = []; // of two vectors in one place the first is chosen
       return;
     }
-    const side = (p) => squared(p, other) - squared(p, codes[k]); // linear in p; ≥ 0 is ours
+    const side = (p) => squared(p, other) - squared(p, vectors[k]); // linear in p; ≥ 0 is ours
     corners = corners.flatMap((p, i) => {
       const q = corners[(i + 1) % corners.length];
       const [a, b] = [side(p), side(q)];
@@ -74,11 +74,11 @@ export function cell(codes, k, [x0, x1], [y0, y1]) {
   return corners;
 }
 
-// --- codebooks that collapse, and the cures ----------------------------------------------------
+// --- codebook collapse, and the cures ----------------------------------------------------
 
-function countAndSum(z, tokens, codes) {
-  const counts = codes.map(() => 0);
-  const sums = codes.map((code) => code.map(() => 0));
+function countAndSum(z, tokens, vectors) {
+  const counts = vectors.map(() => 0);
+  const sums = vectors.map((vector) => vector.map(() => 0));
   tokens.forEach((k, i) => {
     counts[k] += 1;
     z[i].forEach((v, d) => (sums[k][d] += v));
@@ -86,35 +86,35 @@ function countAndSum(z, tokens, codes) {
   return { counts, sums };
 }
 
-// A codebook with what it remembers: running counts N and sums m.
-export function newBook(codes) {
-  return { codes, counts: codes.map(() => 1), sums: codes.map((code) => [...code]) };
+// A codebook with its moving averages: counts N and sums m.
+export function newBook(vectors) {
+  return { vectors, counts: vectors.map(() => 1), sums: vectors.map((vector) => [...vector]) };
 }
 
 // Eqs. 6–8: N ← γ N + (1 − γ) n,  m ← γ m + (1 − γ) Σ z,  e ← m / N, with Laplace smoothing.
 export function averageStep(book, z, decay) {
-  const seen = countAndSum(z, nearest(z, book.codes), book.codes);
+  const seen = countAndSum(z, nearest(z, book.vectors), book.vectors);
   const mix = (old, now) => old + (1 - decay) * (now - old);
   const counts = book.counts.map((n, k) => mix(n, seen.counts[k]));
   const sums = book.sums.map((m, k) => m.map((v, d) => mix(v, seen.sums[k][d])));
   const total = counts.reduce((a, b) => a + b, 0);
   const epsilon = 1e-5;
   const smooth = counts.map((n) => (total * (n + epsilon)) / (total + counts.length * epsilon));
-  return { codes: sums.map((m, k) => m.map((v) => v / smooth[k])), counts, sums };
+  return { vectors: sums.map((m, k) => m.map((v) => v / smooth[k])), counts, sums };
 }
 
-// The codebook term by gradient; the running counts only tell who is dead.
+// The codebook term by gradient; the running counts only tell which codes are dead.
 export function gradientStep(book, z, decay, rate) {
-  const tokens = nearest(z, book.codes);
-  const seen = countAndSum(z, tokens, book.codes);
+  const tokens = nearest(z, book.vectors);
+  const seen = countAndSum(z, tokens, book.vectors);
   const counts = book.counts.map((n, k) => n + (1 - decay) * (seen.counts[k] - n));
-  return { codes: descend(z, z, book.codes, 0, rate).codes, counts, sums: book.sums };
+  return { vectors: descend(z, z, book.vectors, 0, rate).vectors, counts, sums: book.sums };
 }
 
-// How likely an encoding is to become a new code: ∝ squared distance from the nearest one.
-export function badlyServed(z, codes) {
-  const tokens = nearest(z, codes);
-  const error = z.map((point, i) => squared(point, codes[tokens[i]]));
+// How likely an encoding is to become a new code vector: ∝ squared distance from the nearest one.
+export function sampleWeights(z, vectors) {
+  const tokens = nearest(z, vectors);
+  const error = z.map((point, i) => squared(point, vectors[tokens[i]]));
   const mean = error.reduce((a, b) => a + b, 0) / error.length;
   return error.map((e) => e + 1e-6 * mean + 1e-12);
 }
@@ -128,31 +128,31 @@ function drawDistinct(weights, count, random) {
   });
 }
 
-function replace(book, which, rows) {
+function replaceCodes(book, which, rows) {
   const at = (k) => rows[which.indexOf(k)];
   const put = (old) => old.map((row, k) => (which.includes(k) ? [...at(k)] : row));
   const counts = book.counts.map((n, k) => (which.includes(k) ? 1 : n));
-  return { codes: put(book.codes), counts, sums: put(book.sums) };
+  return { vectors: put(book.vectors), counts, sums: put(book.sums) };
 }
 
-// Move codes that hardly anything uses onto encodings.
-export function revive(book, z, random, threshold = 0.03) {
+// Move code vectors that are hardly ever chosen onto encodings.
+export function restartDeadCodes(book, z, random, threshold = 0.03) {
   const dead = book.counts.flatMap((n, k) => (n < threshold ? [k] : [])).slice(0, z.length);
-  const chosen = drawDistinct(badlyServed(z, book.codes), dead.length, random);
-  return replace(book, dead, chosen.map((i) => z[i]));
+  const chosen = drawDistinct(sampleWeights(z, book.vectors), dead.length, random);
+  return replaceCodes(book, dead, chosen.map((i) => z[i]));
 }
 
-// Codes at the centres of encodings, by Lloyd's algorithm; `first` are the encodings to begin at.
-export function kmeansStart(z, first, rounds, random) {
-  let codes = first.map((i) => [...z[i]]);
+// Code vectors at the centres of encodings, by Lloyd's algorithm, which starts at the encodings `first`.
+export function kmeansInit(z, first, rounds, random) {
+  let vectors = first.map((i) => [...z[i]]);
   for (let round = 0; round < rounds; round++) {
-    const { counts, sums } = countAndSum(z, nearest(z, codes), codes);
+    const { counts, sums } = countAndSum(z, nearest(z, vectors), vectors);
     const empty = counts.flatMap((n, k) => (n ? [] : [k]));
-    const spare = drawDistinct(badlyServed(z, codes), empty.length, random);
-    codes = sums.map((m, k) =>
+    const spare = drawDistinct(sampleWeights(z, vectors), empty.length, random);
+    vectors = sums.map((m, k) =>
       counts[k] ? m.map((v) => v / counts[k]) : [...z[spare[empty.indexOf(k)]]]);
   }
-  return codes;
+  return vectors;
 }
 
 export function shares(tokens, size) {
@@ -161,7 +161,7 @@ export function shares(tokens, size) {
   return counts.map((n) => n / tokens.length);
 }
 
-// exp of the entropy: as many codes, used all alike, would be as hard to guess.
+// exp of the entropy: the number of equally used codes that would be as hard to predict.
 export function perplexity(p) {
   return Math.exp(-p.reduce((sum, q) => sum + (q > 0 ? q * Math.log(q) : 0), 0));
 }

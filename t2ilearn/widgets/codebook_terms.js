@@ -1,12 +1,12 @@
-// First half of the codebook lab: who moves whom. The decoder changes nothing, so that the
-// reconstruction of a picture x is the code itself; x is drawn as a ring.
+// First half of the codebook lab: which term moves what. The decoder is the identity, so that the
+// reconstruction of a picture x is the code vector; x is drawn as a ring.
 
 import { arrow, dot, handle, plane, rove } from "./plane.js";
 import { button, check, make, shell, show, slider } from "./shared.js";
 import { RATE, SIDE, cell, descend, lossTerms, termGradients } from "./codebook_maths.js";
 
 const BETAS = [0, 0.1, 0.25, 0.5, 1, 2, 4, 8];
-const LONGER = { codes: 2, encodings: 18 }; // arrows show so many steps at once
+const LONGER = { vectors: 2, encodings: 18 }; // arrows show so many steps at once
 
 export function diamond(kind, size = 9) {
   const d = `M0 ${-size}L${size} 0L0 ${size}L${-size} 0Z`;
@@ -17,7 +17,7 @@ export function renderTerms(model, el) {
   const start = () => ({
     z: model.get("encodings").map((p) => [...p]),
     x: model.get("encodings"),
-    codes: model.get("codes").map((p) => [...p]),
+    vectors: model.get("code_vectors").map((p) => [...p]),
     beta: model.get("beta"),
     steps: 0,
   });
@@ -29,7 +29,7 @@ export function renderTerms(model, el) {
     beta.set(state.beta);
     draw();
   });
-  const p = plane("Codes, their cells, and encodings", { x: [-SIDE, SIDE], y: [-SIDE, SIDE] });
+  const p = plane("Code vectors, their cells, and encodings", { x: [-SIDE, SIDE], y: [-SIDE, SIDE] });
   const [cells, rings, arrows, points] = [p.layer(), p.layer(), p.layer(), p.layer()];
 
   const grip = (list, i, name, shape) => handle(p, points, {
@@ -43,16 +43,16 @@ export function renderTerms(model, el) {
   });
   const dots = state.z.map((_, i) =>
     grip("z", i, `Encoding ${i + 1}`, [make("circle", { r: 5, class: "t2i-mark" })]));
-  const codes = state.codes.map((_, k) => grip("codes", k, `Code ${k + 1}`, [
+  const vectors = state.vectors.map((_, k) => grip("vectors", k, `Code vector ${k + 1}`, [
     diamond(`t2i-f${k % 6}`),
     make("text", { x: 9, y: -7, "aria-hidden": "true" }, `e${k + 1}`),
   ]));
   rove(dots);
-  rove(codes);
+  rove(vectors);
 
   const step = (times) => {
     for (let i = 0; i < times; i++) {
-      Object.assign(state, descend(state.x, state.z, state.codes, state.beta, RATE));
+      Object.assign(state, descend(state.x, state.z, state.vectors, state.beta, RATE));
       state.steps += 1;
     }
     draw();
@@ -63,7 +63,7 @@ export function renderTerms(model, el) {
   });
   const texts = {
     reconstruction: "reconstruction (moves encodings, dashed)",
-    codebook: "codebook (moves codes, thick)",
+    codebook: "codebook (moves code vectors, thick)",
     commitment: "β × commitment (moves encodings)",
   };
   const boxes = Object.keys(texts).map((term) => check(texts[term], true, (on) => {
@@ -71,18 +71,18 @@ export function renderTerms(model, el) {
     draw();
   }));
   const legend = make("div", { class: "t2i-wide" },
-    make("p", {}, "Drag dots (encodings) and diamonds (codes). An arrow shows where a term sends " +
-      "what it may move. A ring is what the decoder should have said."),
+    make("p", {}, "Drag dots (encodings) and diamonds (code vectors). An arrow shows where a term " +
+      "moves a point. A ring is the target of an encoding's reconstruction."),
     make("fieldset", { class: "t2i-choice t2i-stack" }, make("legend", {}, "Arrows of"), ...boxes),
     make("p", { class: "t2i-hint" }, "Keyboard: Tab to the dots or the diamonds, Page Up and " +
       "Page Down to another one, arrow keys to move it. Arrows are drawn longer than the steps: " +
-      `${LONGER.codes} times for codes, ${LONGER.encodings} times for encodings.`));
+      `${LONGER.vectors} times for code vectors, ${LONGER.encodings} times for encodings.`));
   frame.body.append(p.svg, legend);
   frame.controls.append(beta);
   frame.buttons.prepend(button("Step", () => step(1)), button("20 steps", () => step(20)));
 
   function draw() {
-    const { x, z, codes: book, beta: weight } = state;
+    const { x, z, vectors: book, beta: weight } = state;
     const slope = termGradients(x, z, book, weight);
     const along = (g, longer) => {
       const size = Math.hypot(...g) * RATE * longer;
@@ -105,22 +105,22 @@ export function renderTerms(model, el) {
     });
     if (shown.codebook) {
       book.forEach((place, k) => drawn.push(
-        arrow(p, place, along(slope.codebook[k], LONGER.codes), `heavy t2i-s${k % 6}`)));
+        arrow(p, place, along(slope.codebook[k], LONGER.vectors), `heavy t2i-s${k % 6}`)));
     }
     arrows.replaceChildren(...drawn);
     dots.forEach((node, i) => {
       node.place();
       node.querySelector(".t2i-mark").setAttribute("class", `t2i-mark t2i-f${slope.tokens[i] % 6}`);
     });
-    codes.forEach((node) => node.place());
+    vectors.forEach((node) => node.place());
     const loss = lossTerms(x, z, book, weight);
     const idle = book.flatMap((_, k) => (slope.tokens.includes(k) ? [] : [`e${k + 1}`]));
     const apart = Math.sqrt(2 * loss.codebook);
     frame.say(
       `After ${state.steps} steps, β = ${weight}: reconstruction ${show(loss.reconstruction, 3)}, ` +
       `codebook ${show(loss.codebook, 3)}, commitment ${show(loss.commitment, 3)}. Encodings are ` +
-      `${show(apart)} from their codes (root mean square). ` +
-      (idle.length ? `Nobody chooses ${idle.join(", ")}: no arrow, no step.` : "Every code is chosen."));
+      `${show(apart)} from their code vectors (root mean square). ` +
+      (idle.length ? `No encoding chooses ${idle.join(", ")}: no gradient, no step.` : "Every code is chosen."));
   }
   draw();
 }

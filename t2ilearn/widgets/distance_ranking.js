@@ -1,4 +1,4 @@
-// One picture, spoiled in three ways: which copy is the nearest? It depends on whom one asks.
+// One picture, damaged in three ways: which copy is the nearest? It depends on the distance.
 // Everything was computed in Python; here it is looked up and put in order.
 
 import { bar, make, shell, show, slider, table, widget } from "./shared.js";
@@ -42,7 +42,7 @@ function draw(model, el) {
       const damage = damages[i];
       copy.image.src = damage.pictures[at[i]];
       copy.caption.textContent = `${damage.name}, ${damage.strengths[at[i]]}${damage.unit}`;
-      copy.image.alt = `the same, spoiled by ${copy.caption.textContent}`;
+      copy.image.alt = `the same, damaged by ${copy.caption.textContent}`;
     });
     const found = measures.map((_, m) => damages.map((damage, i) => damage.distances[at[i]][m]));
     const order = found.map(ranks);

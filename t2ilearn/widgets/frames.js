@@ -1,4 +1,4 @@
-// A player for pictures that were made beforehand: one or two sliders choose which is shown.
+// A viewer of pictures that were made beforehand: one or two sliders choose which is shown.
 
 import { button, make, shell, slider, widget } from "./shared.js";
 
@@ -27,7 +27,7 @@ function draw(model, el) {
   const mark = make("span", { class: "t2i-place" });
   const box = make("span", { class: "t2i-picture" }, image, mark);
   const caption = make("figcaption");
-  const figure = make("figure", { class: "t2i-player" }, box, caption);
+  const figure = make("figure", { class: "t2i-frames" }, box, caption);
   figure.style.width = `${model.get("width")}px`;
   const sliders = axes.map((axis, i) => slider(axis.name, axis.values, axis.values[places[i]], () => {
     stop();
@@ -71,7 +71,7 @@ function draw(model, el) {
     ["left", "top", "width", "height"].forEach((side, i) => {
       mark.style[side] = `${100 * (place[i] || 0)}%`;
     });
-    // While it plays, a voice could not keep up.
+    // While it plays, a screen reader could not keep up.
     if (timer === null) frame.say(`Frame ${index + 1} of ${frames.length}: ${image.alt}`);
   }
   update();

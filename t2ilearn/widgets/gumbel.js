@@ -1,4 +1,4 @@
-// The Gumbel lab: a draw from K codes that one can differentiate, and what it costs.
+// The Gumbel lab: Gumbel-softmax samples of K tokens, and their gradients.
 
 import { arrow, dot, handle, line, note, plane, rove } from "./plane.js";
 import {
@@ -6,7 +6,7 @@ import {
 } from "./shared.js";
 
 const EDGE = 3; // logits go from −3 to 3
-const SIDE = 2.5; // the plane of codes, both ways
+const SIDE = 2.5; // the plane of code vectors, both ways
 const CLOUD = 200;
 
 const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
@@ -17,8 +17,8 @@ export function gumbel(u) {
   return -Math.log(-Math.log(u + 2 ** -33));
 }
 
-// The relaxed draw y = softmax((l + g) / τ).
-export function relax(logits, noise, temperature) {
+// The Gumbel-softmax sample y = softmax((l + g) / τ). As `gumbel_softmax`.
+export function gumbelSoftmax(logits, noise, temperature) {
   return softmax(logits.map((l, k) => (l + noise[k]) / temperature));
 }
 
@@ -40,23 +40,23 @@ export function slope(y, temperature) {
   return Math.hypot(...jacobian(y, temperature).flat());
 }
 
-// What a decoder hears: the mean of the codes, weighted by y.
-export function mix(y, codes) {
-  return [0, 1].map((d) => y.reduce((sum, share, k) => sum + share * codes[k][d], 0));
+// A decoder's input: the mean of the code vectors, weighted by y.
+export function mix(y, vectors) {
+  return [0, 1].map((d) => y.reduce((sum, share, k) => sum + share * vectors[k][d], 0));
 }
 
-// One draw in numbers; `far` is how far the mixture is from the nearest code.
-export function measure(logits, noise, temperature, codes) {
-  const y = relax(logits, noise, temperature);
-  const point = mix(y, codes);
+// One sample in numbers; `far` is how far the mixture is from the nearest code vector.
+export function measure(logits, noise, temperature, vectors) {
+  const y = gumbelSoftmax(logits, noise, temperature);
+  const point = mix(y, vectors);
   return {
     y, point, winner: largest(y), entropy: entropy(y), top: Math.max(...y),
-    far: Math.min(...codes.map(([a, b]) => Math.hypot(a - point[0], b - point[1]))),
+    far: Math.min(...vectors.map(([a, b]) => Math.hypot(a - point[0], b - point[1]))),
     slope: slope(y, temperature),
   };
 }
 
-// Many draws in numbers: means, how the gradient's size spreads, and each code's share of wins.
+// Many samples in numbers: means, the spread of the gradient's size, each token's share of wins.
 export function summary(draws, size) {
   const of = (name) => draws.map((one) => one[name]);
   const [slopes, centre] = [of("slope"), mean(of("slope"))];
@@ -68,8 +68,8 @@ export function summary(draws, size) {
 }
 
 function draw(model, el) {
-  const codes = model.get("codes");
-  const size = codes.length;
+  const vectors = model.get("code_vectors");
+  const size = vectors.length;
   const noises = (random, count) => Array.from({ length: count }, () =>
     Array.from({ length: size }, () => gumbel(random())));
   const begin = () => {
@@ -85,7 +85,7 @@ function draw(model, el) {
     state[name] = value;
     update();
   };
-  const frame = shell(el, "Gumbel lab: a draw that one can differentiate", () => {
+  const frame = shell(el, "Gumbel lab: differentiable samples", () => {
     state = begin();
     temperature.set(state.temperature);
     hard.set(state.hard);
@@ -94,17 +94,17 @@ function draw(model, el) {
   const text = (v) => show(v, v < 1 ? 3 : 2);
   const temperature = slider("Temperature τ", range(-4, 2, 0.25).map((power) => 2 ** power),
     state.temperature, set("temperature"), text);
-  const hard = check("Hard: hear one code, keep the soft gradient", state.hard, set("hard"));
+  const hard = check("Hard: one code vector, with the soft gradient", state.hard, set("hard"));
 
   const left = plane("Logits, and the noise added to each",
     { x: [-0.7, size - 0.4], y: [-5.6, 8.4], width: 340, height: 340 });
   const [bars, grips] = [left.layer(), left.layer()];
-  const right = plane("Codes, and what the decoder hears",
+  const right = plane("Code vectors, and the decoder's input",
     { x: [-SIDE, SIDE], y: [-SIDE, SIDE], width: 340, height: 340 });
   const scene = right.layer();
   const within = { ...left, y: [-EDGE, EDGE] };
-  const handles = codes.map((_, k) => handle(within, grips, {
-    name: `Logit of code ${k}`, axis: "y",
+  const handles = vectors.map((_, k) => handle(within, grips, {
+    name: `Logit of token ${k}`, axis: "y",
     shape: [make("circle", { r: 6.5, class: `t2i-mark t2i-f${k % 6}` })],
     get: () => [k, state.logits[k]],
     move: ([, l]) => {
@@ -124,8 +124,8 @@ function draw(model, el) {
   frame.controls.after(make("p", { class: "t2i-hint", style: "margin-top: 8px" }, "Drag the dots of the logits. Keyboard: " +
     "Tab to them, Page Up and Page Down to another logit, arrow keys to move it."));
   frame.buttons.prepend(
-    button("Draw", () => set("noise")(noises(state.random, 1)[0])),
-    button(`${CLOUD} other draws`, () => set("cloud")(noises(state.others, CLOUD))));
+    button("Sample", () => set("noise")(noises(state.random, 1)[0])),
+    button(`${CLOUD} other samples`, () => set("cloud")(noises(state.others, CLOUD))));
 
   function columns(winner) {
     const { logits, noise } = state;
@@ -147,10 +147,10 @@ function draw(model, el) {
     return node;
   }
 
-  // Many draws as dots; where each is one code, as a disc whose area is the code's share.
+  // Many samples as dots; where each is one code vector, as a disc whose area is its share.
   function crowd(draws, wins) {
     if (state.hard) {
-      return codes.map((code, k) => faint(dot(right, code, 45 * Math.sqrt(wins[k]), `t2i-f${k % 6}`), 0.3));
+      return vectors.map((place, k) => faint(dot(right, place, 45 * Math.sqrt(wins[k]), `t2i-f${k % 6}`), 0.3));
     }
     return draws.map(({ point, winner }) => {
       return faint(dot(right, point, 2.4, `t2i-f${winner % 6}`), 0.6);
@@ -166,46 +166,46 @@ function draw(model, el) {
   function update() {
     const { logits, noise, temperature: tau } = state;
     const p = softmax(logits);
-    const now = measure(logits, noise, tau, codes);
-    const draws = state.cloud.map((one) => measure(logits, one, tau, codes));
+    const now = measure(logits, noise, tau, vectors);
+    const draws = state.cloud.map((one) => measure(logits, one, tau, vectors));
     const all = summary(draws, size);
-    const heard = state.hard ? codes[now.winner] : now.point;
-    const places = codes.flatMap((code, k) => [
-      dot(right, code, 7, `t2i-mark t2i-f${k % 6}`),
-      note(right, [code[0], code[1] + (code[1] < 0 ? -0.36 : 0.2)], String(k), "middle"),
+    const input = state.hard ? vectors[now.winner] : now.point;
+    const places = vectors.flatMap((place, k) => [
+      dot(right, place, 7, `t2i-mark t2i-f${k % 6}`),
+      note(right, [place[0], place[1] + (place[1] < 0 ? -0.36 : 0.2)], String(k), "middle"),
     ]);
     bars.replaceChildren(...columns(now.winner));
     handles.forEach((node) => node.place());
     caption.textContent = state.hard
-      ? "What the decoder hears: one code (filled square; discs: wins); the gradient is the mixture's (hollow)"
-      : "What the decoder hears (square) and would in 200 other draws (dots); × is the mean by p";
-    const [mx, my] = mix(p, codes);
+      ? "The decoder's input: one code vector (filled square; discs: wins); the gradient is the mixture's (hollow)"
+      : "The decoder's input in this sample (square) and in 200 others (dots); × is the mean under p";
+    const [mx, my] = mix(p, vectors);
     scene.replaceChildren(...crowd(draws, all.wins), ...places,
       note(right, [mx, my - 0.08], "×", "middle"),
-      ...(state.hard ? [line(right, [now.point, heard], "dashed"), square(now.point, "t2i-mark t2i-hollow")] : []),
-      square(heard, "t2i-mark t2i-ink"));
+      ...(state.hard ? [line(right, [now.point, input], "dashed"), square(now.point, "t2i-mark t2i-hollow")] : []),
+      square(input, "t2i-mark t2i-ink"));
     const kl = klToUniform(p);
     shares.replaceChildren(table(
       `H(p) = ${show(entropy(p))}, KL(p ‖ uniform) = ln ${size} − H(p) = ${show(kl)} nats`,
-      ["code", "p = softmax (l)", "g", "y = softmax ((l + g) / τ)", `wins, of ${CLOUD}`],
+      ["token", "p = softmax (l)", "g", "y = softmax ((l + g) / τ)", `wins, of ${CLOUD}`],
       p.map((v, k) => [String(k), bar(v, show(v), 0), show(noise[k]), bar(now.y[k], show(now.y[k]), 1),
         bar(all.wins[k], show(all.wins[k]), 2)])));
     const far = (one) => (state.hard ? "0.00" : show(one.far));
-    sizes.replaceChildren(table("What the temperature trades",
-      ["quantity", "this draw", `mean of ${CLOUD} draws`], [
+    sizes.replaceChildren(table("The effect of the temperature",
+      ["quantity", "this sample", `mean of ${CLOUD} samples`], [
         ["largest entry of y", show(now.top), show(all.top)],
         ["entropy of y, nats", show(now.entropy), show(all.entropy)],
-        ["from heard to nearest code", far(now), far(all)],
+        ["distance of the input to the nearest code vector", far(now), far(all)],
         ["size of ∂y/∂l", show(now.slope),
           `${show(all.slope)} ± ${show(all.spread)}, at most ${show(all.steepest)}`],
       ]));
     const likeliest = largest(p);
     frame.say(
-      `τ = ${text(tau)}, ${state.hard ? `hard: the decoder hears code ${now.winner} alone` :
-        `soft: the decoder hears ${show(now.top)} of code ${now.winner} and the rest of others`}. ` +
-      `Over ${CLOUD} draws the largest entry has ${show(all.top)}, the entropy is ${show(all.entropy)} ` +
+      `τ = ${text(tau)}, ${state.hard ? `hard: the decoder's input is code vector ${now.winner} alone` :
+        `soft: the decoder's input is ${show(now.top)} of code vector ${now.winner} and a mixture of the others`}. ` +
+      `Over ${CLOUD} samples the largest entry has ${show(all.top)}, the entropy is ${show(all.entropy)} ` +
       `nats, and the gradient's size ${show(all.slope)} with a standard deviation of ${show(all.spread)}. ` +
-      `Code ${likeliest} wins ${show(all.wins[likeliest])} of them at any τ; its p is ` +
+      `Token ${likeliest} has the largest l + g in ${show(all.wins[likeliest])} of them at any τ; its p is ` +
       `${show(p[likeliest])}. KL(p ‖ uniform) = ${show(kl)} nats.`);
   }
   update();

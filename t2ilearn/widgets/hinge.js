@@ -1,4 +1,4 @@
-// The hinge lab: a critic's logits on a line, both players' losses, and the push on each logit.
+// The hinge lab: a discriminator's logits on a line, both networks' losses, and each gradient.
 
 import { arrow, handle, line, note, plane, rove } from "./plane.js";
 import { bar, button, choice, make, range, shell, show, table, widget } from "./shared.js";
@@ -18,20 +18,20 @@ const BENDS = {
   "non-saturating": { value: softplus, slope: sigmoid },
 };
 
-// What the critic minimises. As `hinge_loss` and `non_saturating_loss`.
-export function criticLoss(real, fake, loss) {
+// What the discriminator minimises. As `hinge_loss` and `non_saturating_loss`.
+export function discriminatorLoss(real, fake, loss) {
   const { value } = BENDS[loss];
   const onReal = mean(real.map((d) => value(-d))) / 2;
   const onFake = mean(fake.map(value)) / 2;
   return { real: onReal, fake: onFake, total: onReal + onFake };
 }
 
-// What the generator minimises. As `persuasion`.
-export function persuasion(fake, loss) {
+// What the generator minimises. As `generator_loss`.
+export function generatorLoss(fake, loss) {
   return loss === "hinge" ? -mean(fake) : mean(fake.map((d) => softplus(-d)));
 }
 
-// The gradients that each logit feels: the critic's for both rows, the generator's for the fakes.
+// The gradient at each logit: the discriminator's for both rows, the generator's for the fakes.
 export function gradients(real, fake, loss) {
   const { slope } = BENDS[loss];
   return {
@@ -46,12 +46,12 @@ function draw(model, el) {
     real: [...model.get("real")], fake: [...model.get("fake")], loss: model.get("loss"),
   });
   let state = begin();
-  const frame = shell(el, "Hinge lab: what two players want of one logit", () => {
+  const frame = shell(el, "Hinge lab: two losses of one logit", () => {
     state = begin();
     loss.set(state.loss);
     update();
   });
-  const p = plane("Logits of real and of drawn patches, from −3 to 3",
+  const p = plane("Logits of real and of generated patches, from −3 to 3",
     { x: [-EDGE - 0.3, EDGE + 0.3], y: [0, 10], width: 380, height: 340 });
   const [ground, arrows, grips] = [p.layer(), p.layer(), p.layer()];
   const height = (row, i) => FLOORS[row] + 0.5 + (2.6 * (i + 0.5)) / state[row].length;
@@ -64,7 +64,7 @@ function draw(model, el) {
       update();
     },
   }));
-  const dots = { real: points("real", "t2i-f2", "Real"), fake: points("fake", "t2i-f3", "Drawn") };
+  const dots = { real: points("real", "t2i-f2", "Real"), fake: points("fake", "t2i-f3", "Generated") };
   rove(dots.real);
   rove(dots.fake);
   const names = [["hinge", "hinge"], ["non-saturating", "non-saturating"]];
@@ -79,12 +79,12 @@ function draw(model, el) {
   };
   const numbers = make("div", { class: "t2i-wide" });
   frame.body.append(p.svg, numbers, make("p", { class: "t2i-hint t2i-full" },
-    "Drag the logits. An arrow is the push that a logit gets, its gradient downhill: blue from the " +
-    "critic, orange from the generator, which pushes only what it drew. Keyboard: Tab to a row, " +
+    "Drag the logits. An arrow is the negative gradient at a logit: blue for the discriminator " +
+    "loss, orange for the generator loss, which generated patches alone have. Keyboard: Tab to a row, " +
     "Page Up and Page Down to another logit, arrow keys to move it."));
   frame.controls.append(loss);
-  frame.buttons.prepend(button("A critic that knows nothing", put(0, 0)),
-    button("A critic that is sure", put(2, -2)));
+  frame.buttons.prepend(button("Untrained discriminator", put(0, 0)),
+    button("Certain discriminator", put(2, -2)));
 
   function scenery() {
     const row = (name, text, sign) => {
@@ -99,7 +99,7 @@ function draw(model, el) {
         ...range(-EDGE, EDGE, 1).map((d) => note(p, [d, floor - 0.6], show(d, 0), "middle")),
       ];
     };
-    return [...row("real", "D(x), real", -1), ...row("fake", "D(x̂), drawn", 1)];
+    return [...row("real", "D(x), real", -1), ...row("fake", "D(x̂), generated", 1)];
   }
 
   function update() {
@@ -112,10 +112,10 @@ function draw(model, el) {
       ...push("fake", "fake", 0.12, "t2i-s0"), ...push("fake", "generator", -0.12, "t2i-s1"));
     [...dots.real, ...dots.fake].forEach((node) => node.place());
 
-    const both = names.map(([name]) => criticLoss(real, fake, name));
-    const wish = names.map(([name]) => persuasion(fake, name));
+    const both = names.map(([name]) => discriminatorLoss(real, fake, name));
+    const wish = names.map(([name]) => generatorLoss(fake, name));
     const most = Math.max(2, ...both.map((l) => l.total));
-    const rows = [["on real", "real"], ["on drawn", "fake"], ["critic in all", "total"]];
+    const rows = [["on real", "real"], ["on generated", "fake"], ["discriminator, total", "total"]];
     const body = rows.map(([text, part]) => [text, ...both.map((l) => bar(l[part] / most, show(l[part])))]);
     body.push(["generator", ...wish.map((v) => show(v))]);
     numbers.replaceChildren(table(`Losses; the arrows belong to ${state.loss}`,
@@ -126,13 +126,13 @@ function draw(model, el) {
     const felt = (list) => list.filter((g) => Math.abs(g) > 1e-9).length;
     const silent = state.loss === "hinge" ? 1 : Math.log(2);
     const verdict = Math.abs(total - silent) < 5e-4
-      ? "as much as a critic pays that knows nothing" : total < silent
-        ? "it tells them apart" : "worse than knowing nothing";
+      ? "as if all logits were 0" : total < silent
+        ? "it distinguishes them" : "worse than if all logits were 0";
     frame.say(
-      `By ${state.loss}, the critic's loss is ${show(total, 3)}: ${verdict}. It pushes ` +
-      `${felt(pull.real)} of ${real.length} real and ${felt(pull.fake)} of ${fake.length} drawn logits. ` +
-      `The generator's loss is ${show(wish[now], 3)}; its gradient, ` +
-      `${show(mean(pull.generator.map(Math.abs)), 3)} a drawn logit on average.`);
+      `The ${state.loss} discriminator loss is ${show(total, 3)}: ${verdict}. It has a gradient at ` +
+      `${felt(pull.real)} of ${real.length} real and ${felt(pull.fake)} of ${fake.length} generated logits. ` +
+      `The generator loss is ${show(wish[now], 3)}; its gradient, ` +
+      `${show(mean(pull.generator.map(Math.abs)), 3)} per generated logit on average.`);
   }
   update();
 }

@@ -8,8 +8,8 @@ import traitlets
 
 from t2ilearn.widgets.base import Widget, joined, listed, numbers, points
 
-# The toy world of chapter 2: six codes, and where encodings crowd.
-CODES = ((-0.7, 0.1), (-1.5, 1.3), (0.5, 0.6), (1.5, 1.1), (1.9, -1.5), (0.3, -0.5))
+# The toy world of chapter 2: six code vectors, and the centres of the encodings.
+CODE_VECTORS = ((-0.7, 0.1), (-1.5, 1.3), (0.5, 0.6), (1.5, 1.1), (1.9, -1.5), (0.3, -0.5))
 CENTRES = ((-1.1, 0.6), (1.0, 0.9), (0.1, -1.0))
 PLANE = 2.4  # what the codebook lab shows: −2.4 … 2.4, both ways
 ATTENTION_PLANE = 2.5
@@ -28,11 +28,11 @@ class CodebookLab(Widget):
     """A codebook in the plane: three loss terms at work, or collapse and its cures.
 
     Args:
-        codes: K points (K, 2) in −2.4 … 2.4; by default the six of chapter 2.
-        encodings: z, (n, 2), which are also what the decoder should have said; 18 by default.
+        code_vectors: K points (K, 2) in −2.4 … 2.4; by default the six of chapter 2.
+        encodings: z, (n, 2), which are also the decoder's targets; 18 by default.
         beta: β to begin with.
         mode: what it is about, "terms" or "collapse".
-        seed: of the encodings and codes of "collapse".
+        seed: of the encodings and code vectors of "collapse".
 
     Raises:
         ValueError: for points outside the plane, a negative β, or another mode.
@@ -41,40 +41,43 @@ class CodebookLab(Widget):
     _esm = joined(
         *("shared", "plane", "codebook_maths", "codebook_terms", "codebook_collapse", "codebook")
     )
-    codes = listed()
+    code_vectors = listed()
     encodings = listed()
     beta = traitlets.Float().tag(sync=True)
     mode = traitlets.Unicode().tag(sync=True)
     cloud = listed()
-    random_codes = listed()
+    random_code_vectors = listed()
     seed = traitlets.Int().tag(sync=True)
 
     def __init__(
         self,
-        codes: Any = CODES,
+        code_vectors: Any = CODE_VECTORS,
         encodings: Any = None,
         beta: float = 0.25,
         mode: str = "terms",
         seed: int = 0,
     ) -> None:
         super().__init__(
-            codes=points(codes, "codes", PLANE, 2),
+            code_vectors=points(code_vectors, "code_vectors", PLANE, 2),
             encodings=points(
                 _around(CENTRES, 18, 0.4, 1) if encodings is None else encodings, "encodings", PLANE
             ),
             beta=beta,
             mode=mode,
             seed=seed,
-            # Encodings begin in one corner, and random codes lie all over the plane.
+            # Encodings begin in one corner; random code vectors lie all over the plane.
             cloud=points(_around(((0.5, 1.5), (1.1, 0.9), (1.6, 1.7)), 96, 0.3, seed), "", PLANE),
-            random_codes=points(_around(((0.0, 0.0),), 32, 0.9, seed + 1), "", PLANE),
-            fallback="Codebook lab: drag codes and encodings, and see which loss term moves whom.",
+            random_code_vectors=points(_around(((0.0, 0.0),), 32, 0.9, seed + 1), "", PLANE),
+            fallback=(
+                "Codebook lab: drag code vectors and encodings, and see which loss term moves "
+                "which of them."
+            ),
         )
 
-    @traitlets.validate("codes", "encodings")
+    @traitlets.validate("code_vectors", "encodings")
     def _check_points(self, proposal: Any) -> list[list[float]]:
         name = proposal["trait"].name
-        return points(proposal["value"], name, PLANE, 2 if name == "codes" else 1)
+        return points(proposal["value"], name, PLANE, 2 if name == "code_vectors" else 1)
 
     @traitlets.validate("beta")
     def _check_beta(self, proposal: Any) -> float:
@@ -88,45 +91,47 @@ class CodebookLab(Widget):
 
 
 class StraightThrough(Widget):
-    """A staircase of codes: the true gradient past it, the copied one, and that of soft stairs.
+    """A step function of codebook entries: its true gradient, the copied one, and a soft one.
 
     Args:
-        codes: two or more different numbers, the steps.
-        z: the encoding to begin with.
-        wish: what the decoder would like to hear.
+        code_vectors: two or more different numbers, the steps.
+        z: the encoding at the start.
+        target: the z_q at which the reconstruction loss is 0.
 
     Raises:
-        ValueError: for fewer codes, or numbers beyond ± 100.
+        ValueError: for fewer code vectors, or numbers beyond ± 100.
     """
 
     _esm = joined("shared", "plane", "straight_through")
-    codes = listed()
+    code_vectors = listed()
     z = traitlets.Float().tag(sync=True)
-    wish = traitlets.Float().tag(sync=True)
+    target = traitlets.Float().tag(sync=True)
 
-    def __init__(self, codes: Any = (-2, -1, 0, 1, 2), z: float = -1.3, wish: float = 0.4) -> None:
-        fallback = "Straight through: the gradient that passes a staircase, true, copied or soft."
-        super().__init__(codes=list(codes), z=z, wish=wish, fallback=fallback)
+    def __init__(
+        self, code_vectors: Any = (-2, -1, 0, 1, 2), z: float = -1.3, target: float = 0.4
+    ) -> None:
+        fallback = "Straight-through estimator: a step function's gradient, true, copied or soft."
+        super().__init__(code_vectors=list(code_vectors), z=z, target=target, fallback=fallback)
 
-    @traitlets.validate("codes")
-    def _check_codes(self, proposal: Any) -> list[float]:
-        codes = numbers(proposal["value"], "codes", -100.0, 100.0)
-        if len(set(codes)) < max(2, len(codes)):
-            raise ValueError(f"codes must be two or more different numbers, not {codes}.")
-        return codes
+    @traitlets.validate("code_vectors")
+    def _check_code_vectors(self, proposal: Any) -> list[float]:
+        given = numbers(proposal["value"], "code_vectors", -100.0, 100.0)
+        if len(set(given)) < max(2, len(given)):
+            raise ValueError(f"code_vectors must be two or more different numbers, not {given}.")
+        return given
 
-    @traitlets.validate("z", "wish")
+    @traitlets.validate("z", "target")
     def _check_number(self, proposal: Any) -> float:
         return numbers([proposal["value"]], proposal["trait"].name, -100.0, 100.0)[0]
 
 
 class AttentionLab(Widget):
-    """Tokens with queries, keys and values in the plane; one asks, and gets a weighted average.
+    """Tokens with queries, keys and values in the plane; one query gets a weighted average.
 
     Args:
         words: the tokens, at most six.
         queries, keys, values: q, k and v, one point a token, (T, 2), in −2.5 … 2.5.
-        asks: the token that asks first, counting from 0; by default the third, or the last of two.
+        asks: the token whose query is shown first, from 0; by default the third, or of two the last.
 
     Raises:
         ValueError: if these are not as many points as words, or one lies outside.
@@ -169,14 +174,14 @@ class AttentionLab(Widget):
 
 
 class LogitViewer(Widget):
-    """One row of logits: guidance, temperature, top-k and top-p, as in `prior.choose`, and draws.
+    """One row of logits: guidance, temperature, top-k and top-p as in `sample_from_logits`.
 
     Args:
         logits: K of them, of a model that knows the caption.
         unconditional: K of the same model without caption; without them there is no guidance.
         names: what each is called; by default its number.
-        what: the column's head, such as "code" or "word".
-        seed: of the draws.
+        what: the column's head, such as "token".
+        seed: of the samples.
 
     Raises:
         ValueError: if the lists differ in length, or a number is not finite.
@@ -194,7 +199,7 @@ class LogitViewer(Widget):
         logits: Any = (2.6, 2.1, 1.4, 1.2, 0.7, 0.2, -0.4, -1.1),
         unconditional: Any = (),
         names: Sequence[str] | None = None,
-        what: str = "code",
+        what: str = "token",
         seed: int = 0,
     ) -> None:
         row = numbers(logits, "logits")

@@ -1,4 +1,4 @@
-// How logits become a draw: guidance, temperature, top-k, top-p, as `t2ilearn.prior.choose`.
+// Sampling from logits: guidance, temperature, top-k, top-p, as `sample_from_logits`.
 
 import {
   bar, button, randomNumbers, range, shell, show, slider, softmax, table, throwDie, widget,
@@ -11,7 +11,7 @@ export function guide(conditional, unconditional, scale) {
   return conditional.map((c, i) => unconditional[i] + scale * (c - unconditional[i]));
 }
 
-// The probabilities to draw with. topK and topP are null where they are off.
+// The probabilities to sample from. topK and topP are null where they are off.
 export function probabilities(logits, { temperature = 1, topK = null, topP = null } = {}) {
   const top = Math.max(...logits);
   if (temperature === 0) {
@@ -51,7 +51,7 @@ function draw(model, el) {
   };
   const set = (name) => (value) => {
     state[name] = value;
-    forget(); // counts of two different dice must not be mixed
+    forget(); // counts of two different distributions must not be mixed
   };
   const ks = [1, 2, 3, 5, 8, 12, 20, 50, 100, 200, 500].filter((k) => k < size);
   const off = (v) => (v === null ? "off" : String(v));
@@ -61,7 +61,7 @@ function draw(model, el) {
     topP: slider("top-p", [...range(0.1, 0.9, 0.1), 0.95, 0.99, null], null, set("topP"), off),
     scale: slider("Guidance scale s", range(0, 8, 0.5), 1, set("scale"), (v) => show(v, 1)),
   };
-  const frame = shell(el, "Logit viewer: loading the die", () => {
+  const frame = shell(el, "Logit viewer: sampling from logits", () => {
     state = begin();
     Object.entries(sliders).forEach(([name, node]) => node.set(state[name]));
     forget();
@@ -77,7 +77,7 @@ function draw(model, el) {
     update();
   };
   frame.buttons.prepend(
-    button("Draw 1", () => throwTimes(1)), button("Draw 100", () => throwTimes(100)));
+    button("Sample 1", () => throwTimes(1)), button("Sample 100", () => throwTimes(100)));
 
   const current = () => {
     const logits = guided ? guide(conditional, unconditional, state.scale) : conditional;
@@ -101,7 +101,7 @@ function draw(model, el) {
     if (others.length) {
       body.push(row(`${others.length} others`, sum(p, others), sum(counts, others)));
     }
-    const heads = [model.get("what"), "probability", "drawn"];
+    const heads = [model.get("what"), "probability", "sampled"];
     rows.replaceChildren(table("Ordered as the model has them, unchanged", heads, body));
     const kept = p.filter((q) => q > 0).length;
     const best = p.indexOf(Math.max(...p));
@@ -109,8 +109,8 @@ function draw(model, el) {
     frame.say(
       `τ = ${show(state.temperature, 1)}, top-k ${off(state.topK)}, top-p ${off(state.topP)}` +
       (guided ? `, s = ${show(state.scale, 1)}` : "") +
-      `: ${kept} of ${size} can be drawn. Likeliest is ${names[best]}, ${show(p[best], 3)}; as ` +
-      `undecided as among ${show(spread, 1)} equal ones.` + (draws ? ` ${draws} drawn.` : ""));
+      `: ${kept} of ${size} can be sampled. Likeliest is ${names[best]}, ${show(p[best], 3)}; perplexity ` +
+      `${show(spread, 1)}.` + (draws ? ` ${draws} sampled.` : ""));
   }
   forget();
 }

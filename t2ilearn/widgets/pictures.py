@@ -1,4 +1,4 @@
-"""Widgets that show pictures made beforehand: a player for frames, and rankings by distance."""
+"""Widgets that show pictures made beforehand: frames with sliders, and rankings by distance."""
 
 import base64
 import io
@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from t2ilearn.data import Shapes
-from t2ilearn.drawing import load_reader
-from t2ilearn.flight import Record, contact_sheet
-from t2ilearn.reader import Reader
-from t2ilearn.vqgan import perceptual_distance
-from t2ilearn.vqvae import VQVAE
+from t2ilearn.judging import load_reader
+from t2ilearn.judging.reader import Reader
+from t2ilearn.models.lpips import perceptual_distance
+from t2ilearn.models.vqvae import VQVAE
+from t2ilearn.training.flight import Record, contact_sheet
 from t2ilearn.widgets.base import Widget, joined, listed
 
 
@@ -34,7 +34,7 @@ def data_uri(picture: Image.Image, quality: int = 80) -> str:
 
 
 class Frames(Widget):
-    """A player: one or two sliders choose which of the pictures is shown.
+    """Pictures made beforehand: one or two sliders choose which of them is shown.
 
     Args:
         pictures: a tensor (N, 3, H, W) in [−1, 1], or N PIL pictures; the last axis runs fastest.
@@ -138,31 +138,31 @@ class Frames(Widget):
 
     @classmethod
     @torch.no_grad()
-    def of_codes(
+    def of_tokens(
         cls,
         vqvae: VQVAE,
         tokens: Int[Tensor, " n"],
         places: Sequence[int],
-        codes: Sequence[int],
-        title: str = "Code painter",
+        replacements: Sequence[int],
+        title: str = "Token painter",
     ) -> "Frames":
-        """A picture in which one token is painted over: which place, and with which code?
+        """A picture in which one token is replaced: which place, and by which other token?
 
         Args:
             tokens: the picture, as `vqvae.tokens` gives it.
-            places: which tokens may be painted over, row by row from 0.
-            codes: with which codes.
+            places: which tokens may be replaced, row by row from 0.
+            replacements: by which tokens.
         """
         side = vqvae.config.side
-        painted = tokens.repeat(len(places) * len(codes), 1)
-        pairs = [(place, code) for place in places for code in codes]
-        for row, (place, code) in zip(painted, pairs, strict=True):
-            row[place] = code
+        painted = tokens.repeat(len(places) * len(replacements), 1)
+        pairs = [(place, token) for place in places for token in replacements]
+        for row, (place, token) in zip(painted, pairs, strict=True):
+            row[place] = token
         spots = {place: divmod(place, side) for place in places}
-        captions = [f"code {code} instead of {int(tokens[place])}" for place, code in pairs]
+        captions = [f"token {token} instead of {int(tokens[place])}" for place, token in pairs]
         marks = [(spots[p][1] / side, spots[p][0] / side, 1 / side, 1 / side) for p, _ in pairs]
         names = [f"{row + 1}, {column + 1}" for row, column in spots.values()]
-        axes: dict[str, Sequence[Any]] = {"row, column": names, "code": codes}
+        axes: dict[str, Sequence[Any]] = {"row, column": names, "token": replacements}
         return cls(vqvae.decode_tokens(painted), axes, captions, marks, title, 256)
 
 

@@ -1,4 +1,4 @@
-"""How words become codes: a draw that gradients can pass, and a picture written like a sentence."""
+"""From text to image tokens: Gumbel-softmax samples, and a picture sampled token by token."""
 
 import base64
 import math
@@ -15,67 +15,73 @@ from torch import Tensor
 
 from t2ilearn.data.bpe import CaptionTokenizer
 from t2ilearn.data.captions import words_of
-from t2ilearn.drawing import System
-from t2ilearn.flight import contact_sheet
-from t2ilearn.layers import Attention
-from t2ilearn.prior import Prior
-from t2ilearn.tokens import PAD, null_caption
+from t2ilearn.models.layers import Attention
+from t2ilearn.models.tokens import PAD, null_caption
+from t2ilearn.models.transformer import Prior
+from t2ilearn.systems import System
+from t2ilearn.training.flight import contact_sheet
 from t2ilearn.widgets.base import Widget, joined, listed, numbers, points
 from t2ilearn.widgets.pictures import data_uri
 
 LOGITS = (1.2, 0.4, -0.6, 0.8, -1.5, -0.2)
-EDGE, PLANE = 3.0, 2.4  # what the Gumbel lab shows: logits to ±3, codes to ±2.4 both ways,
-COLDEST, WARMEST = 1 / 16, 4.0  # and τ between these
+EDGE, PLANE = 3.0, 2.4  # the Gumbel lab shows logits to ±3, code vectors to ±2.4 both ways,
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1 / 16, 4.0  # and τ between these
 
 
 class GumbelLab(Widget):
-    """One draw from K codes: its noise, its softmax at temperature τ, and what a decoder hears.
+    """A Gumbel-softmax sample of K tokens: noise, softmax at temperature τ, the decoder's input.
 
     Args:
-        logits: l, of two to eight codes, in −3 … 3.
-        codes: their vectors (K, 2) in −2.4 … 2.4; by default on a circle.
-        temperature: τ to begin with, 1/16 … 4.
+        logits: l, of two to eight tokens, in −3 … 3.
+        code_vectors: their vectors (K, 2) in −2.4 … 2.4; by default on a circle.
+        temperature: τ at the start, 1/16 … 4.
         seed: of the noise.
 
     Raises:
-        ValueError: for a number out of its range, or other numbers of codes than of logits.
+        ValueError: for a number out of its range, or not as many code vectors as logits.
     """
 
     _esm = joined("shared", "plane", "gumbel")
     logits = listed()
-    codes = listed()
+    code_vectors = listed()
     temperature = traitlets.Float().tag(sync=True)
     seed = traitlets.Int().tag(sync=True)
 
     def __init__(
-        self, logits: Any = LOGITS, codes: Any = None, temperature: float = 1.0, seed: int = 6
+        self,
+        logits: Any = LOGITS,
+        code_vectors: Any = None,
+        temperature: float = 1.0,
+        seed: int = 6,
     ) -> None:
         row = numbers(logits, "logits", -EDGE, EDGE)
         turns = [2 * math.pi * k / len(row) for k in range(len(row))]
         circle = [(2 * math.sin(turn), 2 * math.cos(turn)) for turn in turns]
-        places = points(circle if codes is None else codes, "codes", PLANE)
-        fallback = "Gumbel lab: a draw that one can differentiate; logits, noise and temperature."
-        traits = {"logits": row, "codes": places, "temperature": temperature, "seed": seed}
+        places = points(circle if code_vectors is None else code_vectors, "code_vectors", PLANE)
+        fallback = "Gumbel lab: Gumbel-softmax samples; logits, noise and temperature."
+        traits = {"logits": row, "code_vectors": places, "temperature": temperature, "seed": seed}
         super().__init__(fallback=fallback, **traits)
 
-    @traitlets.validate("logits", "codes")
-    def _check_codes(self, proposal: Any) -> list:
+    @traitlets.validate("logits", "code_vectors")
+    def _check_code_vectors(self, proposal: Any) -> list:
         name, value, count = proposal["trait"].name, proposal["value"], len(self.logits)
-        if not 2 <= count <= 8 or len(self.codes) != count:
-            raise ValueError(f"{count} logits for {len(self.codes)} codes; two to eight of each.")
+        if not 2 <= count <= 8 or len(self.code_vectors) != count:
+            raise ValueError(
+                f"{count} logits for {len(self.code_vectors)} code vectors; two to eight of each."
+            )
         logits = name == "logits"
         return numbers(value, name, -EDGE, EDGE) if logits else points(value, name, PLANE)
 
     @traitlets.validate("temperature")
     def _check_temperature(self, proposal: Any) -> float:
-        return numbers([proposal["value"]], "temperature", COLDEST, WARMEST)[0]
+        return numbers([proposal["value"]], "temperature", MIN_TEMPERATURE, MAX_TEMPERATURE)[0]
 
 
 # --- a picture as a sentence ---------------------------------------------------------------------
 
 
 class TokenSampler(Widget):
-    """Codes drawn one by one: what the next one is drawn from, and where its query looks.
+    """Tokens sampled one by one: the next one's probabilities, and its query's attention.
 
     It opens when half of the first drawing is done.
 
@@ -91,7 +97,7 @@ class TokenSampler(Widget):
 
     def __init__(self, drawings: Sequence[dict[str, Any]]) -> None:
         captions = ", ".join(one["caption"] for one in drawings)
-        fallback = f"Token sampler: {captions}; code by code, with attention."
+        fallback = f"Token sampler: {captions}; token by token, with attention."
         super().__init__(drawings=list(drawings), fallback=fallback)
 
     @traitlets.validate("drawings")
@@ -99,8 +105,8 @@ class TokenSampler(Widget):
         if not proposal["value"]:
             raise ValueError("A token sampler needs one drawing at least: see record_drawing.")
         for one in proposal["value"]:
-            n = len(one["codes"])
-            wanted = n * (len(one["words"]) + 2) + n * (n - 1) // 2
+            n = len(one["tokens"])
+            wanted = n * (len(one["text"]) + 2) + n * (n - 1) // 2
             sizes = {len(base64.b64decode(text)) for heads in one["attention"] for text in heads}
             lengths = {len(one[name]) for name in ("likeliest", "chances", "chosen")}
             if sizes != {wanted} or lengths != {n} or len(one["layers"]) != len(one["attention"]):
@@ -110,12 +116,12 @@ class TokenSampler(Widget):
 
 @torch.no_grad()
 def attention_weights(
-    model: Prior, codes: Int[Tensor, "b n"], caption: Int[Tensor, "b t"]
+    model: Prior, indices: Int[Tensor, "b n"], caption: Int[Tensor, "b t"]
 ) -> Float[Tensor, "depth b heads s s"]:
-    """Who looks at whom: softmax(q kᵀ / √d) of every block and head, over the whole stream.
+    """The attention weights softmax(q kᵀ / √d) of every block and head, over all tokens.
 
     Returns:
-        Rows are queries, columns keys. The last N queries draw the N codes.
+        Rows are queries, columns keys. The last N queries predict the N image tokens.
 
     Raises:
         ValueError: if the model has no such stream.
@@ -128,16 +134,16 @@ def attention_weights(
     with ExitStack() as hooks:
         for block in getattr(model, "blocks", ()):
             hooks.enter_context(block.attention.register_forward_pre_hook(keep, with_kwargs=True))
-        model(codes, caption)
+        model(indices, caption)
     if not found:
-        raise ValueError("This model has no attention from code to code: give a Transformer.")
+        raise ValueError("This model has no attention between tokens: give a Transformer.")
     return torch.stack(found)
 
 
 def _weights(
     layer: Attention, x: Tensor, mask: Any = None, cache: Any = None, is_causal: bool = False
 ) -> Float[Tensor, "b heads s s"]:
-    """Attention, given what `layer` is given, with values that say who they are: its weights."""
+    """The weights of attention: its output when the values are unit vectors."""
     b, s, _ = x.shape
     q, k, _ = layer.qkv(x).view(b, s, 3, layer.heads, -1).permute(2, 0, 3, 1, 4)
     v = torch.eye(s, dtype=q.dtype, device=q.device).expand(b, layer.heads, s, s)
@@ -148,86 +154,88 @@ def _weights(
 def record_drawing(
     system: System,
     caption: str,
-    codes: Int[Tensor, " n"],
+    tokens: Int[Tensor, " n"],
     guidance_scale: float = 1.0,
     layers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """A drawing for `TokenSampler`: probabilities, canvases and attention of every step.
 
     Args:
-        system: whose prior reads the caption; from `drawing.load_system`.
-        codes: what was drawn, for example by `prior.sample`.
+        system: whose prior is conditioned on the caption; from `systems.load`.
+        tokens: the image tokens, for example from `sample`.
         guidance_scale: s of the probabilities, which are those before top-k or top-p. Attention is
             that of the stream with the caption.
         layers: whose attention is kept, counting from 0; by default of the middle and the last.
-            Six heads over 64 codes take some 24 KB a layer.
+            Six heads over 64 tokens take some 24 KB per layer.
 
     Raises:
-        ValueError: for other codes or layers than the prior has.
+        ValueError: for other numbers of tokens or other layers than the prior has.
         CaptionError: for a caption that the tokenizer cannot encode.
     """
-    model, depth = system.prior, system.prior.config.depth
+    model = system.parts["prior"]
+    depth, n = model.config.num_layers, model.config.num_image_tokens
     layers = sorted({depth // 2, depth - 1}) if layers is None else list(layers)
-    if len(codes) != model.config.length or not set(layers) <= set(range(depth)) or not layers:
+    if len(tokens) != n or not set(layers) <= set(range(depth)) or not layers:
         raise ValueError(
-            f"A drawing has {model.config.length} codes, and layers are 0 … {depth - 1}; these are "
-            f"{len(codes)} codes and layers {layers}."
+            f"A drawing has {n} tokens, and layers are 0 … {depth - 1}; these are {len(tokens)} "
+            f"tokens and layers {layers}."
         )
-    ids = system.tokenizer.encode([caption]).to(codes.device)
-    nothing = null_caption(*ids.shape).to(codes.device)
-    c, u = (model.code_logits(codes[None], given)[0] for given in (ids, nothing))
+    ids = system.text_tokenizer.encode([caption]).to(tokens.device)
+    empty = null_caption(*ids.shape).to(tokens.device)
+    c, u = (model.code_logits(tokens[None], given)[0] for given in (ids, empty))
     p = (u + guidance_scale * (c - u)).softmax(-1)  # (N, K)
     best = p.topk(min(5, p.shape[1]))
-    words = _readable(system, caption)
-    sizes = len(codes), len(words), ids.shape[1]
-    weights = attention_weights(model, codes[None], ids)[layers, 0]  # (layers, heads, S, S)
+    text = _readable(system, caption)
+    sizes = len(tokens), len(text), ids.shape[1]
+    weights = attention_weights(model, tokens[None], ids)[layers, 0]  # (layers, heads, S, S)
     return {
         "caption": caption,
-        "words": words,
+        "text": text,
         "padding": int((ids == PAD).sum()),
-        "codes": codes.tolist(),
+        "tokens": tokens.tolist(),
         "likeliest": best.indices.tolist(),
         "chances": [numbers(row, "chances") for row in best.values],
-        "chosen": numbers(p.gather(1, codes[:, None])[:, 0], "chosen"),
+        "chosen": numbers(p.gather(1, tokens[:, None])[:, 0], "chosen"),
         "layers": layers,
         "attention": [[_packed(w, *sizes) for w in heads] for heads in weights],
-        "sheet": data_uri(_canvases(system, codes), 70),
+        "sheet": data_uri(_canvases(system, tokens), 70),
     }
 
 
 def _readable(system: System, caption: str) -> list[str]:
-    """What each id of a caption stands for; a piece that goes on with a word begins with a dot."""
-    if not isinstance(system.tokenizer, CaptionTokenizer):
+    """The text of each id of a caption; a piece that continues a word begins with a dot."""
+    if not isinstance(system.text_tokenizer, CaptionTokenizer):
         return [*words_of(caption), "end"]
-    pieces = system.tokenizer.pieces(caption)  # a new word begins with a blank
+    pieces = system.text_tokenizer.pieces(caption)  # a new word begins with a blank
     return [(p[1:] or "␣") if p[0] == " " else f"·{p}" for p in pieces] + ["end"]
 
 
-def _packed(weights: Float[Tensor, "s s"], n: int, words: int, length: int) -> str:
-    """What the queries of n codes pay to start marks, words, padding and codes: roots, as bytes.
+def _packed(weights: Float[Tensor, "s s"], n: int, text: int, length: int) -> str:
+    """The attention of n queries to start tokens, text, padding and image: roots, as bytes.
 
     Args:
-        words: how many ids of the caption's `length` are no padding.
+        text: how many ids of the caption's `length` are no padding.
     """
-    begin = len(weights) - n  # the place of the picture's start mark, which draws the first code
-    first = begin - length  # of the caption: 1 after a start mark of its own, 0 without
+    begin = len(weights) - n  # the image's start token, whose query predicts the first image token
+    first = begin - length  # of the caption: 1 after a start token of its own, 0 without
     rows = []
     for i, row in enumerate(weights[begin:]):
         start = row[:first].sum() + row[begin]
-        said, padding = row[first : first + words], row[first + words : begin].sum()
-        rows += [start[None], said, padding[None], row[begin + 1 : begin + 1 + i]]
+        to_text, padding = row[first : first + text], row[first + text : begin].sum()
+        rows += [start[None], to_text, padding[None], row[begin + 1 : begin + 1 + i]]
     roots = (255 * torch.cat(rows).sqrt()).round().byte()
     return base64.b64encode(bytes(roots.tolist())).decode("ascii")
 
 
-def _canvases(system: System, codes: Int[Tensor, " n"]) -> Image.Image:
-    """What is drawn after 0 … N codes, the rest grey: row by row, and no fewer columns than rows.
+def _canvases(system: System, tokens: Int[Tensor, " n"]) -> Image.Image:
+    """The picture after 0 … N tokens, the rest grey: row by row, no fewer columns than rows.
 
-    The decoder wants all codes, so it gets the first one wherever none is drawn yet.
+    The decoder needs all tokens, so it gets the first one wherever none is sampled yet.
     """
-    n, side = len(codes), system.vqvae.config.side
-    known = torch.ones(n + 1, n, dtype=torch.bool, device=codes.device).tril(-1)
-    pictures = system.vqvae.decode_tokens(torch.where(known, codes, codes[0]))
+    decoder = system.parts["tokenizer"]
+    n, side = len(tokens), decoder.config.side
+    known = torch.ones(n + 1, n, dtype=torch.bool, device=tokens.device).tril(-1)
+    pictures = decoder.decode_tokens(torch.where(known, tokens, tokens[0]))
     shown = F.interpolate(known.float().view(-1, 1, side, side), pictures.shape[-2:])
     columns = math.ceil(math.sqrt(n + 1))
     sheet = F.pad(pictures * shown, (0, 0) * 3 + (0, -(n + 1) % columns))

@@ -1,0 +1,1 @@
+"""Released checkpoints of other people, read into the classes of this book."""

@@ -1,0 +1,336 @@
+"""A stage: one training of a system, from a recipe to weights with a card.
+
+    t2ilearn train vqvae --preset tiny           # every stage that is missing, in order
+    t2ilearn train vqvae --stage prior           # this one alone
+    t2ilearn train vqvae --data my-pictures      # the same on pictures of your own
+
+A recipe is data: sizes, world, `TrainConfig`. Each file of `systems` states its recipes and has
+one short function a stage that makes batches and computes the loss. Every run writes weights and
+card into `RUNS/STAGE-PRESET/`, and what the card says was measured on the weights as they come
+back from that file.
+"""
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2ilearn import __version__, weights
+from t2ilearn.data import CaptionedPictures, CaptionTokenizer, Folder, Tokenizer, WordTokenizer
+from t2ilearn.judging.report import against_bars
+from t2ilearn.training import TrainConfig, TrainingError, TrainResult, is_first_process, train
+from t2ilearn.weights import Card, Leg, Weights
+
+FOLDER_SHIFT = 2  # pixels by which pictures of your own are moved, at most
+RECORD = "inputs.json"  # in a run's folder: what it learns from
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one run needs.
+
+    Args:
+        world: makes the world when a run begins, since some read archives.
+        model: the config of the model, a frozen dataclass.
+        train: length and pace of the training.
+        split: of the world.
+        text_tokenizer: makes what turns captions into ids.
+        other_configs: of further networks that are trained along, such as a discriminator.
+        settings: what else decides the run, by name; dataclasses, numbers and strings.
+    """
+
+    world: Callable[[], CaptionedPictures]
+    model: Any
+    train: TrainConfig
+    split: str = "train"
+    text_tokenizer: Callable[[], Tokenizer] = WordTokenizer
+    other_configs: tuple[Any, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One training.
+
+    Args:
+        name: weights are called NAME-PRESET, or NAME alone for a stage of one size.
+        presets: the recipe of each preset.
+        run: trains; see `Job`.
+        evaluate: measures a trained model for its card.
+        build: a model from stored weights, as its parts by name, the main one first.
+        needs: stages whose weights must be there before.
+        init_from: the stage whose weights it starts from; None for a random start.
+        reads_captions: whether the model takes token ids of captions.
+        trains_on_folders: whether it can learn from pictures of your own.
+        bars: what weights must reach to be called good, by preset; a card says where they do not.
+    """
+
+    name: str
+    presets: Mapping[str, Recipe]
+    run: "Callable[[Job], TrainResult]"
+    evaluate: "Callable[[Job, nn.Module], dict[str, Any]]"
+    build: Callable[[Weights], dict[str, nn.Module]]
+    needs: tuple[str, ...] = ()
+    init_from: str | None = None
+    reads_captions: bool = False
+    trains_on_folders: bool = True
+    one_size: bool = False
+    bars: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def weights_name(self, preset: str) -> str:
+        """What its weights are called."""
+        return self.name if self.one_size else f"{self.name}-{preset}"
+
+    def file_in(self, runs: Path, preset: str) -> Path:
+        """Where a run writes them."""
+        name = self.weights_name(preset)
+        return runs / name / f"{name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a stage: where it goes, what it learns from, and how it is run."""
+
+    stage: Stage
+    recipe: Recipe
+    preset: str
+    world: CaptionedPictures
+    text_tokenizer: Tokenizer
+    runs: Path
+    parents: Mapping[str, Path]  # the weights of each stage that it needs
+    how: Mapping[str, Any]  # precision and progress, for `train`
+
+    @property
+    def name(self) -> str:
+        """The name of its weights."""
+        return self.stage.weights_name(self.preset)
+
+    @property
+    def folder(self) -> Path:
+        """The run's own folder."""
+        return self.runs / self.name
+
+    def train(
+        self, model: nn.Module, make_batch: Any, compute_loss: Any, **options: Any
+    ) -> TrainResult:
+        """`training.train` with this run's config, folder and options."""
+        return train(
+            model, make_batch, compute_loss, self.recipe.train, self.folder, **options, **self.how
+        )
+
+    def parent_digests(self) -> dict[str, str]:
+        """The SHA-256 of the weights that it is trained on top of, by the stage that made them."""
+        return {
+            name: weights.read_card(path.with_suffix(".json")).sha256
+            for name, path in self.parents.items()
+        }
+
+    def claim(self) -> None:
+        """Note in the run's folder what it learns from: a world, own pictures, other weights.
+
+        Raises:
+            TrainingError: if a run is there already that learned from something else. To go on
+                would mix the two, and the card would tell of one.
+        """
+        inputs: dict[str, Any] = {"world": self.world.name, **self.parent_digests()}
+        if isinstance(self.world, Folder):
+            inputs["pictures and captions"] = self.world.fingerprint()
+        path = self.folder / RECORD
+        before = _read_record(path)
+        changed = [name for name in inputs if before and before.get(name) != inputs[name]]
+        if changed:
+            raise TrainingError(
+                f"{self.folder} holds a run that learned from something else "
+                f"({', '.join(changed)}). Remove that folder, or name another with --runs."
+            )
+        if (self.folder / "learns_from.json").exists():
+            raise TrainingError(
+                f"{self.folder} holds a run of the first edition, which cannot go on. Remove that "
+                "folder, or name another with --runs."
+            )
+        if is_first_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            weights.write_atomically(path, json.dumps(inputs).encode("utf-8"))
+
+    def settings(self) -> dict[str, Any]:
+        """What decided the run, for its card."""
+        others = {k: asdict(v) if is_dataclass(v) else v for k, v in self.recipe.settings.items()}
+        return {**asdict(self.recipe.train), **others}  # type: ignore[call-overload]
+
+    def card(self, result: TrainResult, command: str, metrics: dict[str, Any]) -> Card:
+        """What the run's weights say of themselves."""
+        started = self.parent_digests().get(self.stage.init_from or "")
+        packages = {name: version_of(name) for name in ("torch", "torchvision", "accelerate")}
+        leg = Leg(
+            command=command,
+            steps=result.steps_done,
+            minutes=round(result.seconds / 60, 1),
+            device=_device_name(),
+            precision=result.precision,
+            started_from=started,
+            versions={"python": platform.python_version(), "t2ilearn": __version__, **packages},
+        )
+        bars = self.stage.bars.get(self.preset, {}) if not isinstance(self.world, Folder) else {}
+        return Card(
+            name=self.name,
+            stage=self.stage.name,
+            preset=self.preset,
+            configs=weights.configs_of(self.recipe.model, *self.recipe.other_configs),
+            data={
+                "world": self.world.name,
+                "split": self.recipe.split,
+                "seed": self.recipe.train.seed,
+            },
+            settings=self.settings(),
+            legs=(leg,),
+            parameters=sum(p.numel() for p in result.model.parameters()),
+            parents=self.parent_digests(),
+            tokenizer=self._tokenizer_facts(),
+            metrics=metrics,
+            bars=against_bars(metrics, bars) if metrics else {},
+        )
+
+    def _tokenizer_facts(self) -> dict[str, Any] | None:
+        """Which tokenizer reads captions for these weights; its file is written beside them."""
+        if not self.stage.reads_captions or not isinstance(self.text_tokenizer, CaptionTokenizer):
+            return None
+        return self.text_tokenizer.save(self.folder / "tokenizer.json")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What a run noted that it learns from; nothing if there is no such file.
+
+    Raises:
+        TrainingError: if the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not found:
+            raise ValueError("it holds nothing")
+        return found
+    except ValueError as error:
+        raise TrainingError(
+            f"{path} is damaged ({error}), so what this run learned from is not known. Remove the "
+            "folder, or name another with --runs."
+        ) from None
+
+
+def train_stage(
+    stage: Stage,
+    preset: str,
+    runs: Path | str,
+    parents: Mapping[str, Path],
+    *,
+    data: Path | str | None = None,
+    steps: int | None = None,
+    precision: str | None = None,
+    progress: bool = True,
+    command: str = "",
+) -> Path:
+    """Train one stage by its recipe, measure it, and write weights and card.
+
+    Args:
+        parents: the weights of the stages that it needs, by their names.
+        data: a folder of pictures of your own to train on instead of the recipe's world.
+        steps: fewer or more steps than the recipe's.
+        precision: "no", "bf16" or "fp16"; by default what suits the device.
+        command: what the card says repeats the run.
+
+    Returns:
+        The safetensors file, with its card beside it. After Ctrl-C it holds the partial model, and
+        the card has no metrics.
+
+    Raises:
+        ValueError: for an unknown preset, or a stage that cannot learn from a folder.
+        FolderError: if the folder of pictures is not in order.
+        TrainingError: if the run's folder holds a run that learned from other data.
+    """
+    job = make_job(stage, preset, runs, parents, data, steps, precision, progress)
+    job.claim()
+    result = stage.run(job)
+    file = job.folder / f"{job.name}.safetensors"
+    if not is_first_process():  # of several processes one measures and writes
+        return file
+    if result.stopped and result.steps_done == 0:
+        raise TrainingError(f"{job.name} was stopped before its first step: nothing is written.")
+    weights.save(job.folder, job.card(result, command, {}), result.model.state_dict())
+    if result.stopped:
+        return file
+    stored = weights.load(file)
+    weights.load_into(result.model, stored)
+    metrics = stage.evaluate(job, result.model)
+    return weights.save(job.folder, job.card(result, command, metrics), stored.state)
+
+
+def make_job(
+    stage: Stage,
+    preset: str,
+    runs: Path | str,
+    parents: Mapping[str, Path],
+    data: Path | str | None = None,
+    steps: int | None = None,
+    precision: str | None = None,
+    progress: bool = True,
+) -> Job:
+    """A stage's run before it begins; arguments and errors as for `train_stage`."""
+    if preset not in stage.presets:
+        known = ", ".join(stage.presets)
+        raise ValueError(f"{stage.name} has no preset {preset!r}. There are: {known}.")
+    recipe = stage.presets[preset]
+    if steps is not None:
+        recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+    world, text_tokenizer = recipe.world(), recipe.text_tokenizer()
+    if data is not None:
+        recipe, world, text_tokenizer = with_own_pictures(
+            stage, recipe, world.resolution, Path(data)
+        )
+    how = {"precision": precision, "progress": progress}
+    return Job(stage, recipe, preset, world, text_tokenizer, Path(runs), parents, how)
+
+
+def with_own_pictures(
+    stage: Stage, recipe: Recipe, resolution: int, folder: Path
+) -> tuple[Recipe, Folder, CaptionTokenizer]:
+    """A recipe for pictures of your own, these, and the tokenizer learned from their captions.
+
+    Raises:
+        FolderError: if the folder is not in order.
+        ValueError: if the stage's model reads attributes that such pictures do not have.
+    """
+    if not stage.trains_on_folders:
+        raise ValueError(
+            f"{stage.name} learns from our own worlds alone: own pictures state no attributes."
+        )
+    world = Folder(folder, resolution, FOLDER_SHIFT)
+    tokenizer = CaptionTokenizer.train(world.captions).fitted(world.captions + world.test_captions)
+    if stage.reads_captions:
+        sizes = {"vocabulary": tokenizer.vocabulary, "text_length": tokenizer.length}
+        recipe = replace(recipe, model=replace(recipe.model, **sizes))
+    return recipe, world, tokenizer
+
+
+def _device_name() -> str:
+    """The accelerator's name, or what kind of CPU this is and how many threads are used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
+
+
+@torch.no_grad()
+def encode_world(
+    tokenizer: Any, world: CaptionedPictures, n: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Scenes (n, facts) and their tokens (n, N), computed once: training then needs no pixel."""
+    generator = torch.Generator().manual_seed(seed)
+    scenes = world.scenes(n, "train", generator=generator)
+    parts = [tokenizer.tokens(world.pictures(s, generator)) for s in scenes.split(250)]
+    return scenes, torch.cat(parts).to(torch.int16)

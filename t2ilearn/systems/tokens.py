@@ -1,0 +1,279 @@
+"""Systems of two stages: a tokenizer of pictures, and a prior that writes tokens from a caption.
+
+Letters: B pictures, T tokens of a caption, N = h · w tokens of a picture.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from t2ilearn import weights
+from t2ilearn.data import CaptionedPictures, CaptionTokenizer, Tokenizer, WordTokenizer
+from t2ilearn.data.captions import CaptionError
+from t2ilearn.data.grammar import WORLDS, ReadCaption
+from t2ilearn.data.pixels import pictures_from_bytes
+from t2ilearn.data.together import worlds_in
+from t2ilearn.judging.alignment import score
+from t2ilearn.judging.metrics import bootstrap
+from t2ilearn.judging.reader import load_reader
+from t2ilearn.judging.report import CHUNK, reconstructed, rounded
+from t2ilearn.models.autoencoder import ImageTokenizer
+from t2ilearn.models.dalle import encode_prefix
+from t2ilearn.models.sampling import sample_steps
+from t2ilearn.models.tokens import null_caption
+from t2ilearn.models.transformer import Prior, log_likelihood
+from t2ilearn.systems.base import Candidates, Options, Request, Scorer, System, check_range
+from t2ilearn.systems.registry import load_part
+from t2ilearn.weights import Card, WeightsError
+
+
+@dataclass(frozen=True)
+class TokenOptions(Options):
+    """How tokens are sampled.
+
+    Args:
+        guidance_scale: 1 follows the caption as learned, more insists on it, 0 ignores it.
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_p: only the likeliest tokens that together reach this probability; None or 1 for all.
+        top_k: only so many likeliest tokens; None for all.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    guidance_scale: float = 2.0
+    temperature: float = 1.0
+    top_p: float | None = 0.9
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range("guidance scale", self.guidance_scale, 0, 20)
+        if not 0 <= self.temperature < float("inf") or 0 < self.temperature < 1e-6:
+            raise ValueError(
+                "The temperature must be 0 (greedy) or at least 0.000001, not "
+                f"{self.temperature}."
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p must be in (0, 1], not {self.top_p}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top-k must be 1 or more, not {self.top_k}.")
+
+    def for_sampler(self) -> dict[str, Any]:
+        """As `models.sampling.sample_steps` takes them."""
+        return {
+            "guidance_scale": self.guidance_scale,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+
+
+class TokenSystem(System):
+    """A tokenizer of pictures and a prior over its tokens.
+
+    Args:
+        tokenizer: pictures ⇄ tokens.
+        prior: tokens from the ids of a caption.
+        text_tokenizer: captions → ids.
+        weights_id, worlds: see `System`.
+    """
+
+    Options = TokenOptions
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        prior: Prior,
+        text_tokenizer: Tokenizer,
+        weights_id: str,
+        worlds: tuple[str, ...],
+    ) -> None:
+        self.tokenizer, self.prior, self.text_tokenizer = tokenizer, prior, text_tokenizer
+        self.weights_id, self.worlds = weights_id, worlds
+        self.resolution = tokenizer.config.resolution
+        self.parts: Mapping[str, nn.Module] = {"tokenizer": tokenizer, "prior": prior}
+
+    @classmethod
+    def load(cls, files: Mapping[str, Path]) -> Self:
+        """The two stages from their weights.
+
+        Raises:
+            WeightsError: if weights are missing or damaged, or the prior was trained on the tokens
+                of another tokenizer.
+        """
+        (first, tokenizer_file), (_, prior_file) = files.items()
+        cards = [weights.read_card(file.with_suffix(".json")) for file in files.values()]
+        wanted = cards[1].parents.get(first)
+        if wanted != cards[0].sha256:
+            raise WeightsError(
+                f"{prior_file} was trained on the tokens of another {first} "
+                f"({str(wanted)[:8]}) than {tokenizer_file} ({cards[0].sha256[:8]}), which would "
+                "mean something else there. Train the prior again."
+            )
+        tokenizer, prior = load_part(tokenizer_file), load_part(prior_file)
+        worlds = worlds_in(cards[1].data["world"])
+        return cls(
+            tokenizer,  # type: ignore[arg-type]
+            prior,  # type: ignore[arg-type]
+            load_text_tokenizer(prior_file, cards[1]),
+            "-".join(card.sha256[:8] for card in cards),
+            tuple(world for world in worlds if world in WORLDS),
+        )
+
+    def steps(self, request: Request, generator: torch.Generator) -> Iterator[Tensor]:
+        """The picture after every row of tokens; what is not yet drawn is grey."""
+        config = self.prior.config
+        for tokens in self.draw_tokens(request, generator):
+            done = tokens.shape[1]
+            if done % config.side == 0:
+                full = F.pad(tokens, (0, config.num_image_tokens - done))
+                pictures = self.tokenizer.decode_tokens(full).clamp(-1, 1)
+                pictures[:, :, done // config.side * self.resolution // config.side :] = 0
+                yield pictures
+
+    def generate(self, request: Request, generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
+        """The finished pictures, decoded once."""
+        return self.candidates(request, generator).pictures
+
+    @torch.no_grad()
+    def candidates(self, request: Request, generator: torch.Generator) -> Candidates:
+        """Finished pictures with their tokens."""
+        *_, tokens = self.draw_tokens(request, generator)
+        pictures = self.tokenizer.decode_tokens(tokens).clamp(-1, 1)
+        read: dict[str, ReadCaption | str] = {}
+        for text in dict.fromkeys(request.texts()):
+            read[text] = (self.read(text) if text else None) or text
+        return Candidates(pictures, [read[text] for text in request.texts()], tokens)
+
+    def draw_tokens(
+        self, request: Request, generator: torch.Generator
+    ) -> Iterator[Int[Tensor, "b n"]]:
+        """Tokens one by one; yields all there are after each."""
+        options = request.options
+        if not isinstance(options, TokenOptions):
+            raise ValueError(f"{self.name} takes TokenOptions, not {type(options).__name__}.")
+        texts = request.texts()
+        if options.top_k is not None and options.top_k > self.prior.config.codebook_size:
+            most = self.prior.config.codebook_size
+            raise ValueError(f"top-k must be 1 … {most}, not {options.top_k}.")
+        yield from sample_steps(
+            self.prior,
+            self.ids(texts),
+            start=self._prefix(request, len(texts)),
+            generator=generator,
+            **options.for_sampler(),
+        )
+
+    def _prefix(self, request: Request, count: int) -> Int[Tensor, "b n"]:
+        """The tokens of the rows that stay; none without a start picture."""
+        if request.start is None:
+            return torch.zeros(count, 0, dtype=torch.int64)
+        pictures = pictures_from_bytes(request.start)
+        tokens = encode_prefix(self.tokenizer, pictures, request.rows)
+        return tokens.repeat_interleave(count // len(tokens), 0)
+
+    def ids(self, texts: list[str]) -> Int[Tensor, "n t"]:
+        """Ids of captions; those of an empty caption are the unconditional ones."""
+        ids = null_caption(len(texts), self.prior.config.num_text_tokens)
+        given = [number for number, text in enumerate(texts) if text]
+        if given:
+            ids[given] = self.text_tokenizer.encode([texts[number] for number in given])
+        return ids
+
+    def read(self, caption: str) -> ReadCaption | None:
+        """See `System.read`; of your own pictures any caption can be asked for, but not none."""
+        if not self.worlds and not caption.strip():
+            raise CaptionError("The caption is empty: say what to draw.")
+        return super().read(caption)
+
+    def scorers(self) -> dict[str, Callable[[System], Scorer]]:
+        """The training reader of the world, and the prior's own likelihood."""
+        return {"reader": by_reader, "likelihood": by_likelihood}
+
+    def default_scorer(self, caption: ReadCaption | None) -> str:
+        """The reader where the caption's world has one, else the likelihood."""
+        return "reader" if caption is not None and caption.world.reader else "likelihood"
+
+    @classmethod
+    def manners(cls) -> dict[str, Options]:
+        """Without guidance and truncation, and as `draw` samples by default."""
+        learned = TokenOptions(guidance_scale=1.0, top_p=None)
+        return {"as learned": learned, "as drawn": cls.Options()}
+
+    def ceiling(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+        """The best that the second stage could do: real pictures through the tokenizer."""
+        return reconstructed(self.tokenizer, pictures)
+
+    @torch.no_grad()
+    def likelihood(self, world: CaptionedPictures, n: int = 2000) -> dict[str, Any]:
+        """Nats per token on test pictures, under their own captions, under another picture's, and
+        without: what can be measured in any world, also where no judge reads drawings."""
+        generator = torch.Generator().manual_seed(0)
+        real = world.test_set(world.test_sets[0], n)
+        own = self.text_tokenizer.encode(real.captions)
+        tokens = torch.cat([self.tokenizer.tokens(part) for part in real.pictures.split(CHUNK)])
+        captions = {
+            "nats a token": own,
+            "nats a token, captions shuffled": own.roll(1, dims=0),
+            "nats a token, no caption": null_caption(*own.shape),
+        }
+        metrics: dict[str, Any] = {"test pictures": len(tokens)}
+        for what, ids in captions.items():
+            pairs = zip(tokens.split(CHUNK), ids.split(CHUNK), strict=True)
+            each = torch.cat([-log_likelihood(self.prior, q, c) / q.shape[1] for q, c in pairs])
+            interval = bootstrap(lambda x: x.mean().item(), each, generator=generator)
+            metrics[what] = rounded(interval)
+        return metrics
+
+
+def by_reader(system: System) -> Scorer:
+    """How surely the training reader finds in a picture what its caption states."""
+
+    def scorer(among: Candidates) -> Tensor:
+        captions = [caption for caption in among.captions if isinstance(caption, ReadCaption)]
+        worlds = {caption.world for caption in captions}
+        world = next(iter(worlds), None)
+        if len(captions) != len(among.captions) or len(worlds) != 1 or not world or not world.reader:
+            raise ValueError(
+                "The training reader reads captions of shapes; let likelihood choose here."
+            )
+        return score(load_reader(world.reader), among.pictures, captions, world)
+
+    return scorer
+
+
+def by_likelihood(system: System) -> Scorer:
+    """How likely the prior finds a picture's tokens, given its caption."""
+
+    def scorer(among: Candidates) -> Tensor:
+        if not isinstance(system, TokenSystem) or among.tokens is None:
+            raise ValueError(f"{system.name} has no tokens, and so no likelihood to choose by.")
+        texts = [c if isinstance(c, str) else c.text for c in among.captions]
+        return log_likelihood(system.prior, among.tokens, system.ids(texts))
+
+    return scorer
+
+
+def load_text_tokenizer(file: Path, card: Card) -> Tokenizer:
+    """The tokenizer through which a prior learned its captions, by its card.
+
+    Raises:
+        WeightsError: if its file is not the one that the prior learned from.
+    """
+    if card.tokenizer is None:
+        return WordTokenizer()
+    path = file.with_name(card.tokenizer["file"])
+    try:
+        tokenizer = CaptionTokenizer.load(path, card.tokenizer["length"])
+    except ValueError as error:
+        raise WeightsError(str(error)) from None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != card.tokenizer["sha256"]:
+        raise WeightsError(f"{path} is not the tokenizer that this prior learned from.")
+    return tokenizer
