@@ -27,7 +27,7 @@ help:
 	@echo 'make test                   lint, types, tests, chapters, book and wheel'
 	@echo 'make book                   the book as pages under _build/html'
 	@echo 'make notebooks              run every chapter anew and store its outputs'
-	@echo 'make train PRESET=tiny      train the first system (PRESET=book wants a GPU)'
+	@echo 'make train PRESET=tiny      train the first system (PRESET=book: hours)'
 	@echo 'make format                 what ruff can mend by itself'
 	@echo 'make bench                  measure promised times and memory (TRAIN=1: training; BOOK=1: the book)'
 
@@ -108,7 +108,6 @@ notebooks: $(VENV)/.has-test
 
 train: $(VENV)/.has-core
 	$(BIN)/t2ilearn train vqvae --preset $(PRESET)
-	$(BIN)/t2ilearn train prior --preset $(PRESET)
 
 bench: $(VENV)/.has-test
 	$(BIN)/python tests/benchmarks/bench.py $(if $(TRAIN),--train)$(if $(BOOK),--book)

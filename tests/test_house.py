@@ -18,7 +18,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-import readme_table
+import results_tables
 import run_notebooks
 import sync_address
 
@@ -26,8 +26,24 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "t2ilearn"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MIB = 2**20
-# Bricks, and a file for each chapter.
-MODELS = {"layers", "tokens", "vqvae", "prior", "vqgan", "taming", "dalle"}
+# A module imports from its own layer and from those before it.
+LAYERS = (
+    {"models"},
+    {"weights"},
+    {"data"},
+    {"judging"},
+    {"training"},
+    {"pretrained", "systems"},
+    {"drawing"},
+    {"figures", "studio", "widgets", "lessons", "cli"},
+)
+# A package's own __init__ re-exports from within.
+PACKAGES_THEMSELVES = {f"t2ilearn.{room}" for layer in LAYERS for room in layer} - {
+    "t2ilearn.drawing",
+    "t2ilearn.figures",
+    "t2ilearn.studio",
+    "t2ilearn.cli",
+}
 # Colab's own versions in August 2026 (Python 3.12): installing must not replace any of them.
 COLAB = {
     "torch": "2.11",
@@ -184,32 +200,6 @@ def test_a_clone_is_small():
     assert mebibytes(path for path in files if "vendor" in path.parts) < 6
 
 
-def code_lines(path: Path) -> int:
-    """Lines that hold code: no docstrings, comments or blank lines."""
-    text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    prose: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                prose |= set(range(first.lineno, first.end_lineno + 1))
-    lines = enumerate(text.splitlines(), 1)
-    return sum(
-        1 for n, s in lines if n not in prose and s.strip() and not s.strip().startswith("#")
-    )
-
-
-def test_the_package_stays_compact():
-    lines = {path: code_lines(path) for path in PACKAGE.rglob("*.py")}
-    assert sum(n for path, n in lines.items() if path.stem in MODELS) < 2000
-    # The chapters' own furniture (exercises with their known slips, widgets) is counted apart.
-    teaching = {p for p in lines if {"lessons", "widgets"} & set(p.parts) or p.stem == "studio"}
-    # Some 300 of the rest are `foreign` and `taming`: other people's checkpoints and their layout.
-    assert sum(n for path, n in lines.items() if path not in teaching) < 5500
-    assert sum(lines[path] for path in teaching) < 2250
-
-
 # ---------------------------------------------------------------- imports and files
 
 
@@ -223,24 +213,54 @@ def test_the_package_imports_only_what_the_core_declares():
         assert foreign <= {"click", "IPython", "traitlets"}, f"{path.name} imports {foreign}"
 
 
-def test_arrows_point_one_way():
+def layer_of(module: str) -> int:
+    """The layer that a module of the package belongs to, from the lowest up."""
+    room = module.split(".")[1] if "." in module else ""
+    return next(i for i, rooms in enumerate(LAYERS) if room in rooms)
+
+
+def own_imports() -> dict[str, set[str]]:
+    """What each module of the package imports of the package, by dotted names."""
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in PACKAGE.rglob("*.py")
     }
-    arrows = {name: imports_of(path) & set(modules) - {name} for name, path in modules.items()}
-    # The package's front door re-exports from within; rooms are judged among themselves.
-    arrows.pop("t2ilearn")
-    for name, targets in arrows.items():
-        if name.removeprefix("t2ilearn.") in MODELS:
-            allowed = {f"t2ilearn.{model}" for model in MODELS} | {"t2ilearn"}
-            assert targets <= allowed, f"{name} is a model file and imports {targets - allowed}"
-    done: set[str] = set()
+    return {
+        name: {target for target in imports_of(path) if target in modules} - {name, "t2ilearn"}
+        for name, path in modules.items()
+        if name not in ("t2ilearn", "t2ilearn.__main__")  # the front door opens on every room
+    }
+
+
+def test_every_module_belongs_to_a_layer_and_imports_downwards_only():
+    for name, targets in own_imports().items():
+        upwards = {target for target in targets if layer_of(target) > layer_of(name)}
+        assert not upwards, f"{name} imports {', '.join(sorted(upwards))} from a layer above it"
+
+
+def test_readers_of_released_models_and_systems_do_not_import_each_other():
+    for name, targets in own_imports().items():
+        room = name.split(".")[1]
+        other = {"pretrained": "systems", "systems": "pretrained"}.get(room)
+        assert not any(target.split(".")[1] == other for target in targets), name
+
+
+def test_models_import_torch_and_each_other_only():
+    for path in (PACKAGE / "models").glob("*.py"):
+        for name in imports_of(path):
+            top = name.split(".")[0]
+            inside = name.startswith("t2ilearn.models")
+            allowed = {"torch", "torchvision", "jaxtyping", *sys.stdlib_module_names}
+            assert inside or top in allowed, f"models/{path.name} imports {name}"
+
+
+def test_no_two_modules_import_each_other_in_a_circle():
+    arrows, done = own_imports(), set()
 
     def walk(name: str, trail: tuple[str, ...]) -> None:
         assert name not in trail, f"imports in a circle: {' → '.join((*trail, name))}"
         if name not in done:
-            for target in sorted(arrows.get(name, set()) - {"t2ilearn", "t2ilearn.data"}):
+            for target in sorted(arrows.get(name, set()) - PACKAGES_THEMSELVES):
                 walk(target, (*trail, name))
             done.add(name)
 
@@ -248,11 +268,20 @@ def test_arrows_point_one_way():
         walk(name, ())
 
 
+def test_systems_are_listed_in_the_registry_alone():
+    """No other file of package and tools names a system, but for those that define one."""
+    quoted = re.compile("[\"'](?:vqvae|vqgan|pixelcnn|dalle|dalle-dvae)[\"']")
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    for path in files:
+        if {"systems", "lessons", "models", "widgets"} & set(path.parts):
+            continue
+        found = quoted.findall(path.read_text(encoding="utf-8"))
+        assert not found, f"{path.relative_to(ROOT)} names {found}: ask systems.registry"
+
+
 def test_no_pickle_and_every_open_names_its_encoding():
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
-        # One file reads other people's pickles, by an unpickler of its own that runs nothing.
-        allowed = {"pickle"} if path.name == "foreign.py" else set()
-        assert not imports_of(path) & {"pickle", "dill", "cloudpickle"} - allowed
+        assert not imports_of(path) & {"pickle", "dill", "cloudpickle"}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
@@ -286,9 +315,9 @@ def test_readme_shows_the_two_commands_and_links_to_what_exists():
         assert (ROOT / target.split("#")[0]).exists(), f"README links to a missing {target}"
 
 
-def test_readme_table_is_what_the_cards_say():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme_table.rewrite(readme) == readme, "run python tools/readme_table.py"
+def test_tables_of_results_are_what_the_cards_say():
+    for path, text in results_tables.written().items():
+        assert path.read_text(encoding="utf-8") == text, "run python tools/results_tables.py"
 
 
 def test_chapters_carry_outputs_and_no_errors():

@@ -1,4 +1,4 @@
-"""The VQ-VAE's three terms move what they should, its codes live, and it learns eight pictures."""
+"""VQ-VAE: the parameters that each loss term trains, quantizers, and the autoencoders before."""
 
 from dataclasses import FrozenInstanceError
 
@@ -7,23 +7,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from t2ilearn import vqvae
 from t2ilearn.data import Shapes
-from t2ilearn.vqvae import (
-    FSQ,
+from t2ilearn.models import distributed
+from t2ilearn.models.autoencoder import (
     VAE,
-    VQVAE,
     Autoencoder,
     Decoder,
-    EMAQuantizer,
     Encoder,
+    ImageTokenizer,
+    ResidualConvBlock,
     VAEOutput,
-    VectorQuantizer,
-    VQVAEConfig,
     autoencoder_loss,
     vae_loss,
-    vqvae_loss,
 )
+from t2ilearn.models.quantizers import (
+    FSQ,
+    QUANTIZERS,
+    EMAQuantizer,
+    Quantized,
+    VectorQuantizer,
+    make_quantizer,
+)
+from t2ilearn.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput, vqvae_loss
 
 SIZES = {"resolution": 16, "channels": (8, 16), "blocks": 1, "codebook_size": 27, "code_dim": 3}
 KINDS = [
@@ -42,11 +47,13 @@ def x(generator):
 def small(quantizer="ema", cosine=False, **sizes) -> VQVAE:
     """A VQ-VAE in float64 whose weights are always the same."""
     torch.manual_seed(0)
-    return VQVAE.from_config(VQVAEConfig(**{**SIZES, **sizes}, quantizer=quantizer, cosine=cosine)).double()
+    return VQVAE.from_config(
+        VQVAEConfig(**{**SIZES, **sizes}, quantizer=quantizer, cosine=cosine)
+    ).double()
 
 
 def codebook_of(kind, rows, **options):
-    """A quantizer with these codes, as if it had started from them."""
+    """A quantizer with these code vectors, as if it had started from them."""
     rows = torch.as_tensor(rows)
     quantizer = kind(*rows.shape, **options).to(rows.dtype)
     quantizer.replace_codes(torch.arange(len(rows)), rows)
@@ -54,7 +61,7 @@ def codebook_of(kind, rows, **options):
 
 
 def grid(rows):
-    """(n, D) vectors as the encoder would hand them over: (1, D, 1, n)."""
+    """(n, D) vectors in the layout of an encoder's output: (1, D, 1, n)."""
     return torch.as_tensor(rows).T[None, :, None]
 
 
@@ -70,7 +77,7 @@ def same_state(module, before) -> bool:
 
 
 @pytest.mark.parametrize(
-    "wrong, said",
+    "wrong, message",
     [
         ({"channels": ()}, "multiples of 8"),
         ({"channels": (8, 12)}, "multiples of 8"),
@@ -80,18 +87,18 @@ def same_state(module, before) -> bool:
         ({"resolution": 0}, "multiple of 4, not 0"),
         ({"resolution": 2}, "multiple of 4, not 2"),
         ({"quantizer": "gumbel"}, "one of .*'ema'.*, not 'gumbel'"),
-        ({"codebook_size": 1}, "two codes"),
-        ({"code_dim": 0}, "one number"),
-        ({"blocks": 0}, "one block"),
+        ({"codebook_size": 1}, "codebook_size must be at least 2"),
+        ({"code_dim": 0}, "code_dim and blocks at least 1; they are 27, 0 and 1"),
+        ({"blocks": 0}, "at least 1; they are 27, 3 and 0"),
         ({"beta": -0.1}, "β must be 0 or more"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(wrong, said):
-    with pytest.raises(ValueError, match=said):
+def test_sizes_that_do_not_fit_together_are_an_error(wrong, message):
+    with pytest.raises(ValueError, match=message):
         VQVAEConfig(**{**SIZES, **wrong})
 
 
-def test_a_config_knows_its_grid_and_cannot_be_changed():
+def test_a_config_computes_the_side_of_its_grid_and_is_immutable():
     config = VQVAEConfig()
     assert (config.resolution, config.side, config.beta) == (64, 8, 0.25)
     assert VQVAEConfig(**SIZES).side == 4
@@ -101,39 +108,39 @@ def test_a_config_knows_its_grid_and_cannot_be_changed():
 
 @pytest.mark.parametrize("channels", [(8,), (8, 16), (8, 16, 8)])
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_every_level_halves_the_side_and_the_decoder_mirrors_it(channels, blocks):
+def test_every_level_of_the_encoder_halves_the_side_and_the_decoder_mirrors_it(channels, blocks):
     config = VQVAEConfig(16, channels, blocks, codebook_size=9, code_dim=5)
     z = Encoder(config)(torch.zeros(2, 3, 16, 16))
     assert z.shape == (2, 5, 16 // 2 ** len(channels), 16 // 2 ** len(channels))
     assert Encoder(config, 7)(torch.zeros(2, 3, 16, 16)).shape[1] == 7
     assert Decoder(config)(z).shape == (2, 3, 16, 16)
     encoder, decoder = Encoder(config), Decoder(config)
-    for kind in (autoencoder.ResidualConvBlock, nn.GroupNorm):
+    for kind in (ResidualConvBlock, nn.GroupNorm):
         counts = [sum(isinstance(m, kind) for m in net) for net in (encoder, decoder)]
         assert counts[0] == counts[1]
-    count = sum(isinstance(m, autoencoder.ResidualConvBlock) for m in encoder)
-    assert count == len(channels) - 1 + blocks  # the coarsest level has them all
+    count = sum(isinstance(m, ResidualConvBlock) for m in encoder)
+    assert count == len(channels) - 1 + blocks  # the coarsest level has all of them
 
 
 @kinds
-def test_shapes_of_everything(quantizer, cosine, x):
+def test_shapes_of_reconstruction_tokens_and_losses(quantizer, cosine, x):
     model = small(quantizer, cosine)
-    reconstruction, (z_q, indices, codebook, commitment) = model(x)
+    reconstruction, (z_q, indices, codebook_loss, commitment_loss) = model(x)
     assert reconstruction.shape == x.shape and z_q.shape == (4, 3, 4, 4)
     assert indices.shape == (4, 4, 4) and indices.dtype == torch.int64
-    assert codebook.shape == commitment.shape == ()
+    assert codebook_loss.shape == commitment_loss.shape == ()
     assert model.tokens(x).shape == (4, 16) and model.encode(x).shape == (4, 3, 4, 4)
 
 
 @kinds
-def test_every_model_decodes_in_its_own_precision(quantizer, cosine, x):
+def test_decoding_uses_the_precision_of_the_weights(quantizer, cosine, x):
     model = small(quantizer, cosine).eval()
     decoded = model.decode_tokens(model.tokens(x))
     assert decoded.shape == x.shape and decoded.dtype == torch.float64
     assert torch.allclose(decoded, model(x).reconstruction, atol=1e-12)
 
 
-def test_codes_lie_in_the_grid_where_their_vectors_lie():
+def test_each_token_stands_at_the_place_of_its_encoding():
     quantizer = codebook_of(VectorQuantizer, [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     z = torch.tensor([[[0.1, 0.9, 0.2], [0.2, 1.1, 0.8]], [[0.1, 0.0, 0.7], [0.9, 0.8, 0.1]]])[None]
     assert quantizer(z).indices.tolist() == [[[0, 1, 2], [2, 3, 1]]]
@@ -159,22 +166,22 @@ def terms_by_hand(model, x):
 
 @learned
 @pytest.mark.parametrize("beta", [0.25, 2.0])
-def test_the_loss_is_equation_3(quantizer, cosine, beta, x):
+def test_the_vqvae_loss_equals_equation_3(quantizer, cosine, beta, x):
     model = small(quantizer, cosine)
     reconstruction, nearest, error, distance = terms_by_hand(model, x)
     output = model.eval()(x)
     loss = vqvae_loss(x, output, beta=beta)
     assert torch.equal(output.quantized.indices, nearest)
     assert torch.allclose(output.reconstruction, reconstruction, atol=1e-12)
-    codebook = distance if quantizer == "gradient" else torch.zeros_like(distance)
+    of_codebook = distance if quantizer == "gradient" else torch.zeros_like(distance)
     # The two terms would be 0 if they were taken after the straight-through line.
     assert distance > 0.01
-    expected = (error, codebook, distance, error + codebook + beta * distance)
+    expected = (error, of_codebook, distance, error + of_codebook + beta * distance)
     for name, value, wanted in zip(loss._fields, loss, expected, strict=True):
         assert torch.allclose(value, wanted, atol=1e-12), name
 
 
-def test_fsq_has_the_reconstruction_alone(x):
+def test_the_loss_with_fsq_is_the_reconstruction_loss_alone(x):
     model = small("fsq")
     loss = vqvae_loss(x, model(x))
     z = model.quantizer.project(model.encode(x))
@@ -183,7 +190,7 @@ def test_fsq_has_the_reconstruction_alone(x):
     assert loss.codebook_loss == loss.commitment_loss == 0 and loss.total == loss.reconstruction
 
 
-def moved_by(model, term) -> set[str]:
+def trained_by(model, term) -> set[str]:
     """Which parts get a gradient from this term."""
     model.zero_grad()
     if term.requires_grad:
@@ -197,16 +204,18 @@ def moved_by(model, term) -> set[str]:
 
 
 @kinds
-def test_each_term_moves_what_it_should_and_nothing_else(quantizer, cosine, x):
+def test_each_loss_term_has_gradients_for_its_own_part_only(quantizer, cosine, x):
     model = small(quantizer, cosine)
     loss = vqvae_loss(x, model(x))
-    assert moved_by(model, loss.reconstruction) == {"encoder", "decoder"}
-    assert moved_by(model, loss.codebook_loss) == ({"quantizer"} if quantizer == "gradient" else set())
-    assert moved_by(model, loss.commitment_loss) == (set() if quantizer == "fsq" else {"encoder"})
+    assert trained_by(model, loss.reconstruction) == {"encoder", "decoder"}
+    assert trained_by(model, loss.codebook_loss) == (
+        {"quantizer"} if quantizer == "gradient" else set()
+    )
+    assert trained_by(model, loss.commitment_loss) == (set() if quantizer == "fsq" else {"encoder"})
 
 
 @pytest.mark.parametrize("cosine", [False, True])
-def test_beta_weighs_the_encoder_s_term_and_not_the_codebook_s(cosine, x):
+def test_beta_weights_the_commitment_loss_and_not_the_codebook_loss(cosine, x):
     # With β on the wrong term the values are the same, and only these gradients differ.
     model, gradients = small("gradient", cosine), []
     for beta in (0.0, 1.0, 3.0):
@@ -222,7 +231,7 @@ def test_beta_weighs_the_encoder_s_term_and_not_the_codebook_s(cosine, x):
     assert torch.allclose(bias3 - bias, 3 * (bias1 - bias), atol=1e-12)
 
 
-def test_codebook_and_commitment_pull_towards_each_other(generator):
+def test_codebook_and_commitment_losses_pull_code_vector_and_encoding_together(generator):
     quantizer = VectorQuantizer(6, 3).double()
     z = torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     output = quantizer(z)
@@ -237,7 +246,7 @@ def test_codebook_and_commitment_pull_towards_each_other(generator):
 
 
 @kinds
-def test_straight_through_is_the_code_with_the_gradient_of_the_encoding(
+def test_straight_through_has_the_value_of_the_code_vector_and_the_gradient_of_the_encoding(
     quantizer, cosine, generator
 ):
     step = small(quantizer, cosine).quantizer.eval()
@@ -245,18 +254,18 @@ def test_straight_through_is_the_code_with_the_gradient_of_the_encoding(
     assert torch.allclose(step(z).z_q, step.lookup(step(z).indices).double(), atol=1e-12)
     assert not torch.allclose(step(z).z_q, step.project(z), atol=1e-3)
     through = torch.autograd.functional.jacobian(lambda z: step(z).z_q, z).view(6, 6)
-    # The sphere and FSQ's squashing come before the step, whose own Jacobian is the identity.
+    # The sphere and the bounds of FSQ come before the step, whose own Jacobian is the identity.
     before = torch.autograd.functional.jacobian(step.project, z).view(6, 6)
     assert torch.equal(through, before)
     if quantizer != "fsq" and not cosine:
         assert torch.equal(through, torch.eye(6, dtype=torch.float64))
 
 
-# ---------------------------------------------------------------- the nearest code
+# ---------------------------------------------------------------- the nearest code vector
 
 
 @pytest.mark.parametrize("kind", [VectorQuantizer, EMAQuantizer])
-def test_cosine_compares_directions_only(kind, generator, device):
+def test_cosine_quantizers_compare_directions_only(kind, generator, device):
     torch.manual_seed(1)
     quantizer = kind(12, 4, cosine=True).to(device).eval()
     z = torch.randn(2, 4, 3, 3, generator=generator).to(device)
@@ -268,7 +277,7 @@ def test_cosine_compares_directions_only(kind, generator, device):
     assert torch.allclose(one.z_q.norm(dim=1), torch.ones(2, 3, 3, device=device), atol=1e-6)
 
 
-def test_lengths_of_codes_do_not_matter_with_cosine():
+def test_cosine_quantizers_ignore_the_length_of_code_vectors():
     quantizer = codebook_of(EMAQuantizer, [[100.0, 0.0], [0.0, 0.01]], cosine=True)
     assert quantizer.nearest(quantizer.project(grid([[0.5, 1.0], [1.0, 0.5]]))).tolist() == [
         [[1, 0]]
@@ -276,13 +285,13 @@ def test_lengths_of_codes_do_not_matter_with_cosine():
 
 
 def close_codes():
-    """Codes that bfloat16 cannot tell apart, and encodings near them."""
+    """Code vectors that are equal in bfloat16, and encodings near them."""
     rows = torch.tensor([[1.0, 1.0], [1.001, 1.0], [1.0, 1.001], [1.001, 1.001]])
     return rows, grid(rows + 1e-4)
 
 
 @pytest.mark.parametrize("kind", [VectorQuantizer, EMAQuantizer])
-def test_half_precision_around_the_quantizer_costs_no_codes(kind):
+def test_autocast_does_not_change_the_nearest_code_vectors(kind):
     rows, z = close_codes()
     quantizer = codebook_of(kind, rows)
     low = (rows**2).sum(1).bfloat16() - 2 * (z[0, :, 0].T.bfloat16() @ rows.T.bfloat16())
@@ -290,12 +299,14 @@ def test_half_precision_around_the_quantizer_costs_no_codes(kind):
     with torch.autocast("cpu", torch.bfloat16):
         output = quantizer(z)
     assert output.indices.tolist() == [[[0, 1, 2, 3]]]
-    assert {t.dtype for t in (output.z_q, output.codebook_loss, output.commitment_loss)} == {torch.float32}
+    assert {t.dtype for t in (output.z_q, output.codebook_loss, output.commitment_loss)} == {
+        torch.float32
+    }
     assert output.commitment_loss > 0
 
 
 @pytest.mark.parametrize("quantizer", [VectorQuantizer(9, 2), EMAQuantizer(9, 2), FSQ(9, 2)])
-def test_half_precision_encodings_are_quantized_in_full(quantizer, generator):
+def test_encodings_in_half_precision_are_quantized_in_float32(quantizer, generator):
     z = torch.randn(2, 2, 3, 3, generator=generator).bfloat16()
     output, full = quantizer.eval()(z), quantizer.eval()(z.float())
     assert output.z_q.dtype == torch.float32 and torch.equal(output.indices, full.indices)
@@ -309,14 +320,14 @@ def test_under_autocast_losses_and_moving_averages_stay_in_float32(quantizer, co
         output = model(x)
         loss = vqvae_loss(x, output)
         total = autoencoder_loss(x, output.reconstruction).total
-    assert output.reconstruction.dtype == torch.bfloat16  # the autocast is real
+    assert output.reconstruction.dtype == torch.bfloat16  # autocast is active
     assert {term.dtype for term in loss} == {torch.float32} and total.dtype == torch.float32
     assert all(value.dtype == torch.float32 for value in model.state_dict().values())
     loss.total.backward()
     assert all(p.grad.isfinite().all() for p in model.encoder.parameters())
 
 
-def test_a_vae_s_gaussian_stays_in_float32_under_autocast(x, generator):
+def test_the_gaussian_of_a_vae_stays_in_float32_under_autocast(x, generator):
     model, x = VAE(VQVAEConfig(**SIZES)), x.float()
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x, generator)
@@ -326,7 +337,7 @@ def test_a_vae_s_gaussian_stays_in_float32_under_autocast(x, generator):
 
 
 @kinds
-def test_a_model_works_where_its_weights_are(quantizer, cosine, x, device, generator):
+def test_a_vqvae_works_on_the_device_of_its_weights(quantizer, cosine, x, device, generator):
     model, x = small(quantizer, cosine).float().to(device), x.float().to(device)
     model.kmeans_init(x, generator)
     loss = vqvae_loss(x, model(x))
@@ -337,15 +348,15 @@ def test_a_model_works_where_its_weights_are(quantizer, cosine, x, device, gener
     assert {term.device.type for term in loss} == {device.type}
 
 
-def test_reconstructions_in_half_precision_are_compared_in_full(generator):
+def test_losses_of_reconstructions_in_half_precision_are_computed_in_float32(generator):
     x = torch.rand(2, 3, 16, 16, generator=generator)
     half = (x + 0.001 * torch.randn(x.shape, generator=generator)).bfloat16()
     error, zero = (x - half.float()).square().mean(), torch.zeros(2, 3, 4, 4)
-    quantized = vqvae.Quantized(zero, zero[:, 0].long(), zero.sum(), zero.sum())
+    quantized = Quantized(zero, zero[:, 0].long(), zero.sum(), zero.sum())
     for loss in (
         autoencoder_loss(x, half),
         vae_loss(x, VAEOutput(half, zero, zero)),
-        vqvae_loss(x, vqvae.VQVAEOutput(half, quantized)),
+        vqvae_loss(x, VQVAEOutput(half, quantized)),
     ):
         assert loss.total.dtype == torch.float32
         assert loss.total.item() == pytest.approx(error.item(), rel=1e-5)
@@ -354,7 +365,7 @@ def test_reconstructions_in_half_precision_are_compared_in_full(generator):
 # ---------------------------------------------------------------- moving averages
 
 
-def test_one_step_of_the_moving_averages_is_equations_6_to_8():
+def test_one_step_of_the_moving_averages_equals_equations_6_to_8():
     quantizer = codebook_of(EMAQuantizer, [[0.0, 0.0], [4.0, 4.0], [9.0, 9.0]], decay=0.9)
     quantizer(grid([[1.0, 0.0], [0.0, 1.0], [5.0, 4.0]]))
     counts = torch.tensor([0.9 + 0.2, 0.9 + 0.1, 0.9])
@@ -362,11 +373,11 @@ def test_one_step_of_the_moving_averages_is_equations_6_to_8():
     assert torch.allclose(quantizer.counts, counts) and torch.allclose(quantizer.sums, sums)
     smooth = 3 * (counts + 1e-5) / (3 + 3e-5)
     assert torch.allclose(quantizer.codebook, sums / smooth[:, None], atol=1e-6)
-    # Nothing used the third code, so that it stays where it is.
+    # Nothing uses the third code vector, so that it does not move.
     assert torch.allclose(quantizer.codebook[2], torch.tensor([9.0, 9.0]), atol=1e-3)
 
 
-def test_codes_settle_at_the_mean_of_their_encodings():
+def test_ema_code_vectors_converge_to_the_mean_of_their_encodings():
     quantizer = codebook_of(EMAQuantizer, [[-1.0, 0.0], [1.0, 0.0]], decay=0.8)
     z = grid([[-3.0, 1.0], [-5.0, 2.0], [-4.0, 3.0], [2.0, 0.0], [4.0, 1.0]])
     for _ in range(80):
@@ -376,7 +387,7 @@ def test_codes_settle_at_the_mean_of_their_encodings():
 
 
 @pytest.mark.parametrize("cosine", [False, True])
-def test_moving_averages_move_in_training_and_are_frozen_in_evaluation(cosine, x):
+def test_moving_averages_change_in_training_mode_only(cosine, x):
     model = small("ema", cosine)
     before = state_of(model.quantizer)
     assert before.keys() == {"codebook", "counts", "sums"} and not list(
@@ -385,13 +396,13 @@ def test_moving_averages_move_in_training_and_are_frozen_in_evaluation(cosine, x
     model.eval()
     model(x)
     model.tokens(x)
-    model.train().tokens(x)  # looking is not training
+    model.train().tokens(x)  # reading tokens is not training
     assert same_state(model.quantizer, before)
     model(x)
     assert all(not torch.equal(v, before[k]) for k, v in model.quantizer.state_dict().items())
 
 
-def test_the_gradient_s_codes_move_by_the_optimiser_alone(x):
+def test_a_forward_pass_of_the_gradient_quantizer_changes_its_counts_only(x):
     model = small("gradient")
     assert [name for name, _ in model.quantizer.named_parameters()] == ["codebook"]
     before = state_of(model)
@@ -401,41 +412,41 @@ def test_the_gradient_s_codes_move_by_the_optimiser_alone(x):
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"quantizer.counts"}
     with torch.no_grad():
-        model(x)  # without gradients, but training: use is counted as well
+        model(x)  # without gradients, but in training mode: uses are counted as well
     uses = torch.bincount(model.tokens(x).flatten(), minlength=27)
     assert torch.allclose(
         model.quantizer.counts, 0.99**2 + (1 - 0.99**2) * uses.double(), atol=1e-6
     )
 
 
-def test_what_moves_leaves_no_trace_in_the_graph(x):
+def test_an_ema_codebook_may_change_between_forward_and_backward(x):
     model = small("ema")
     loss = vqvae_loss(x, model(x)).total
-    model(x)  # the codebook moves between forward and backward, as under accumulation
+    model(x)  # the codebook changes between forward and backward, as with accumulated gradients
     loss.backward()
     assert not any(value.requires_grad for value in model.quantizer.state_dict().values())
 
 
-def test_all_processes_see_the_statistics_of_all(monkeypatch, generator):
+def test_statistics_are_summed_over_all_processes(monkeypatch, generator):
     z = torch.randn(2, 2, 3, 3, generator=generator)
     for kind in (EMAQuantizer, VectorQuantizer):
         torch.manual_seed(0)
         alone, among_two = kind(5, 2), kind(5, 2)
         among_two.load_state_dict(alone.state_dict())
         alone(torch.cat([z, z]))
-        with monkeypatch.context() as patch:  # two processes that happen to see the same batch
-            patch.setattr(vqvae, "ranks", lambda: 2)
-            patch.setattr(vqvae.dist, "all_reduce", lambda x: x.mul_(2))
+        with monkeypatch.context() as patch:  # two processes with the same batch
+            patch.setattr(distributed, "num_ranks", lambda: 2)
+            patch.setattr(distributed.dist, "all_reduce", lambda x: x.mul_(2))
             among_two(z)
         for name, value in alone.state_dict().items():
             assert torch.allclose(value, among_two.state_dict()[name], atol=1e-6), name
 
 
-# ---------------------------------------------------------------- revival
+# ---------------------------------------------------------------- restarting dead code vectors
 
 
 def with_dead_codes(kind, cosine=False):
-    """Four codes, of which the last two are far away and have long been out of use."""
+    """Four code vectors, of which the last two are far away and have not been used for long."""
     rows = [[1.0, 0.1], [0.1, 1.0], [-1.0, -5.0], [-5.0, -1.0]]
     quantizer = codebook_of(kind, rows, cosine=cosine)
     quantizer.counts[2:] = 0.01
@@ -446,21 +457,21 @@ def with_dead_codes(kind, cosine=False):
 
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("kind", [VectorQuantizer, EMAQuantizer])
-def test_a_revived_code_is_used_and_does_not_snap_back(kind, cosine, generator):
+def test_a_restarted_code_vector_is_used_and_keeps_its_new_place(kind, cosine, generator):
     quantizer = with_dead_codes(kind, cosine)
     z = grid([[2.0, 0.1], [2.0, 0.6], [0.1, 2.0], [0.7, 2.0]])
     assert set(quantizer(z).indices.flatten().tolist()) == {0, 1}
     kept = quantizer.codebook[:2].clone()
     assert quantizer.restart_dead_codes(z, generator) == 2
     assert torch.equal(quantizer.codebook[:2], kept)
-    revived = quantizer.embeddings()[2:].clone()
+    restarted = quantizer.embeddings()[2:].clone()
     encodings = quantizer.project(z)[0, :, 0].T
-    distance = torch.cdist(revived, encodings)
+    distance = torch.cdist(restarted, encodings)
     assert (distance.min(1).values < 1e-6).all() and distance.argmin(1).unique().numel() == 2
     assert quantizer.counts[2:].tolist() == [1.0, 1.0]
     assert set(quantizer(z).indices.flatten().tolist()) >= {2, 3}
-    # That was a training step. Had the sums not started anew, the old code would be back.
-    assert torch.allclose(quantizer.embeddings()[2:], revived, atol=0.02)
+    # That was a training step. With the old sums, the old code vectors would be back.
+    assert torch.allclose(quantizer.embeddings()[2:], restarted, atol=0.02)
     if kind is EMAQuantizer:
         assert torch.allclose(
             quantizer.sums / quantizer.counts[:, None], quantizer.codebook, atol=1e-3
@@ -468,7 +479,7 @@ def test_a_revived_code_is_used_and_does_not_snap_back(kind, cosine, generator):
 
 
 @pytest.mark.parametrize("kind", [VectorQuantizer, EMAQuantizer])
-def test_living_codes_are_left_alone(kind, generator):
+def test_code_vectors_in_use_are_not_restarted(kind, generator):
     quantizer = with_dead_codes(kind)
     quantizer.counts[:] = 0.03  # dead is below the threshold, not at it
     before = state_of(quantizer)
@@ -477,7 +488,7 @@ def test_living_codes_are_left_alone(kind, generator):
     assert quantizer.restart_dead_codes(z, generator, threshold=0.04) == 4
 
 
-def test_a_code_that_nothing_uses_is_dead_after_350_steps(generator):
+def test_an_unused_code_vector_is_dead_after_350_steps(generator):
     quantizer = codebook_of(EMAQuantizer, [[0.0, 0.0], [9.0, 9.0]])
     z, steps = torch.zeros(1, 2, 1, 1), 0
     while not quantizer.restart_dead_codes(z, generator):
@@ -487,7 +498,7 @@ def test_a_code_that_nothing_uses_is_dead_after_350_steps(generator):
     assert 345 <= steps <= 351
 
 
-def test_fewer_encodings_than_dead_codes_revive_that_many(generator):
+def test_no_more_code_vectors_are_restarted_than_there_are_encodings(generator):
     quantizer = codebook_of(EMAQuantizer, torch.full((5, 2), 9.0))
     quantizer.counts.zero_()
     assert quantizer.restart_dead_codes(grid([[1.0, 2.0], [3.0, 4.0]]), generator) == 2
@@ -496,8 +507,8 @@ def test_fewer_encodings_than_dead_codes_revive_that_many(generator):
 
 
 @pytest.mark.parametrize("kind", [VectorQuantizer, EMAQuantizer])
-def test_dead_codes_go_where_no_code_is_near(kind):
-    # Drawn evenly, one in a hundred would go to the far corner, and the rest into the crowd.
+def test_dead_code_vectors_move_to_encodings_far_from_every_code_vector(kind):
+    # With uniform choice one in a hundred would go to the far corner, the others into the crowd.
     crowd = 0.01 * torch.randn(99, 2, generator=torch.Generator().manual_seed(0))
     z = grid(torch.cat([crowd, torch.tensor([[30.0, 40.0]])]))
     for seed in range(20):
@@ -507,8 +518,8 @@ def test_dead_codes_go_where_no_code_is_near(kind):
         assert quantizer.codebook[1].tolist() == [30, 40]
 
 
-def test_encodings_that_codes_meet_exactly_can_be_revived_onto(generator):
-    # Every distance is 0 then, and still there are enough encodings to draw from.
+def test_code_vectors_restart_even_if_every_distance_is_zero(generator):
+    # Every distance is 0 then, and there are still enough encodings to choose from.
     quantizer = codebook_of(EMAQuantizer, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     quantizer.counts.zero_()
     assert quantizer.restart_dead_codes(grid([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]]), generator) == 3
@@ -516,12 +527,12 @@ def test_encodings_that_codes_meet_exactly_can_be_revived_onto(generator):
 
 
 @learned
-def test_a_model_revives_onto_its_own_encodings(quantizer, cosine, x, generator):
+def test_a_vqvae_restarts_code_vectors_on_its_own_encodings(quantizer, cosine, x, generator):
     model = small(quantizer, cosine)
     model.quantizer.counts[5:] = 0.0
     before, weights = state_of(model.encoder), model.quantizer.codebook
     assert model.restart_dead_codes(x, generator) == 22
-    assert model.quantizer.codebook is weights  # the optimiser's own parameter, changed in place
+    assert model.quantizer.codebook is weights  # the optimiser's own parameter, in place
     flat = model.quantizer.project(model.encode(x)).movedim(1, -1).flatten(0, 2)
     assert torch.cdist(model.quantizer.embeddings()[5:], flat).min(1).values.max() < 1e-6
     assert same_state(model.encoder, before)
@@ -529,7 +540,7 @@ def test_a_model_revives_onto_its_own_encodings(quantizer, cosine, x, generator)
     assert used >= 22
 
 
-def test_revival_repeats_with_its_seed(x):
+def test_restarting_code_vectors_is_reproducible_with_a_seed(x):
     books = []
     for seed in (1, 1, 2):
         model = small("ema")
@@ -539,21 +550,22 @@ def test_revival_repeats_with_its_seed(x):
     assert torch.equal(books[0], books[1]) and not torch.equal(books[0], books[2])
 
 
-def test_all_processes_revive_at_the_first_one_s_place(monkeypatch, generator):
+def test_all_processes_restart_code_vectors_at_the_place_of_the_first(monkeypatch, generator):
     quantizer = codebook_of(EMAQuantizer, torch.full((3, 2), 9.0))
     quantizer.counts.zero_()
-    monkeypatch.setattr(vqvae, "ranks", lambda: 2)
-    monkeypatch.setattr(vqvae.dist, "all_gather", lambda parts, x: [p.copy_(x) for p in parts])
-    monkeypatch.setattr(vqvae.dist, "broadcast", lambda x, src: x.copy_(torch.full_like(x, 7.0)))
+    dist = distributed.dist
+    monkeypatch.setattr(distributed, "num_ranks", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather", lambda parts, x: [p.copy_(x) for p in parts])
+    monkeypatch.setattr(dist, "broadcast", lambda x, src: x.copy_(torch.full_like(x, 7.0)))
     quantizer.restart_dead_codes(torch.randn(1, 2, 3, 3, generator=generator), generator)
     assert (quantizer.codebook == 7).all() and (quantizer.sums == 7).all()
 
 
-# ---------------------------------------------------------------- k-means start
+# ---------------------------------------------------------------- k-means initialisation
 
 
 @pytest.mark.parametrize("kind", [VectorQuantizer, EMAQuantizer])
-def test_codes_start_at_the_centres_of_clusters(kind, generator):
+def test_kmeans_init_finds_the_centres_of_clusters(kind, generator):
     spread = torch.randn(40, 2, generator=generator)
     a, b = spread[:25] + torch.tensor([20.0, 0.0]), spread[25:] - torch.tensor([20.0, 0.0])
     quantizer = kind(2, 2)
@@ -567,8 +579,8 @@ def test_codes_start_at_the_centres_of_clusters(kind, generator):
 
 
 @pytest.mark.parametrize("kind", [VectorQuantizer, EMAQuantizer])
-def test_codes_that_start_on_duplicates_find_the_rest(kind):
-    # Flat backgrounds: nearly all encodings are one, and so are most codes of a random start.
+def test_kmeans_init_finds_rare_encodings_among_duplicates(kind):
+    # Plain backgrounds: nearly all encodings are equal, and so are most randomly chosen ones.
     rest = torch.tensor([[9.0, 0.0], [0.0, 7.0], [-8.0, -8.0]])
     z = grid(torch.cat([torch.zeros(60, 2), rest]))
     for seed in range(5):
@@ -578,7 +590,7 @@ def test_codes_that_start_on_duplicates_find_the_rest(kind):
         assert quantizer.eval()(z).commitment_loss < 1e-8
 
 
-def test_lloyd_s_rounds_bring_codes_nearer(generator):
+def test_more_rounds_of_lloyds_algorithm_reduce_the_distance(generator):
     z = torch.randn(1, 4, 16, 16, generator=generator)
     errors = []
     for rounds in (0, 1, 10):
@@ -589,7 +601,7 @@ def test_lloyd_s_rounds_bring_codes_nearer(generator):
 
 
 @learned
-def test_after_the_start_every_code_is_in_use(quantizer, cosine, x, generator):
+def test_after_kmeans_init_nearly_every_code_vector_is_used(quantizer, cosine, x, generator):
     model = small(quantizer, cosine)
     few = model.tokens(x).unique().numel()
     model.kmeans_init(x, generator)
@@ -597,15 +609,17 @@ def test_after_the_start_every_code_is_in_use(quantizer, cosine, x, generator):
     assert isinstance(model.quantizer.codebook, nn.Parameter) == (quantizer == "gradient")
 
 
-def test_a_start_needs_as_many_encodings_as_codes(x, generator):
-    with pytest.raises(ValueError, match="27 codes need at least 27 encodings.*16: give more"):
+def test_kmeans_init_with_fewer_encodings_than_code_vectors_is_an_error(x, generator):
+    with pytest.raises(
+        ValueError, match="27 code vectors need at least 27 encodings.*16: give more"
+    ):
         small().kmeans_init(x[:1], generator)
     model = small()
     model.kmeans_init(x[:2], generator)
     assert model.tokens(x[:2]).unique().numel() > 20
 
 
-def test_fsq_has_nothing_to_start_or_revive(x, generator):
+def test_fsq_has_nothing_to_initialise_or_restart(x, generator):
     model = small("fsq")
     before = state_of(model)
     model.kmeans_init(x[:1], generator)
@@ -617,7 +631,7 @@ def test_fsq_has_nothing_to_start_or_revive(x, generator):
 
 
 @kinds
-def test_tokens_decode_to_the_reconstruction(quantizer, cosine, x):
+def test_decoded_tokens_equal_the_reconstruction(quantizer, cosine, x):
     model = small(quantizer, cosine).float().eval()
     x = x.float()
     output, tokens = model(x), model.tokens(x)
@@ -629,13 +643,13 @@ def test_tokens_decode_to_the_reconstruction(quantizer, cosine, x):
 
 
 @kinds
-def test_tokens_do_not_depend_on_the_mode(quantizer, cosine, x):
+def test_tokens_are_the_same_in_training_and_evaluation_mode(quantizer, cosine, x):
     model = small(quantizer, cosine)
     assert torch.equal(model.train().tokens(x), model.eval().tokens(x))
 
 
 @kinds
-def test_saved_weights_bring_everything_back(quantizer, cosine, x):
+def test_a_state_dict_restores_the_model(quantizer, cosine, x):
     model = small(quantizer, cosine)
     for _ in range(3):
         model(x)
@@ -646,7 +660,9 @@ def test_saved_weights_bring_everything_back(quantizer, cosine, x):
 
 
 @kinds
-def test_nothing_changes_its_arguments(quantizer, cosine, x, generator):
+def test_models_quantizers_and_losses_do_not_change_their_arguments(
+    quantizer, cosine, x, generator
+):
     model, x = small(quantizer, cosine).float(), x.float()
     z, tokens = model.encode(x).detach(), model.tokens(x)
     output = model(x)
@@ -668,7 +684,7 @@ def test_nothing_changes_its_arguments(quantizer, cosine, x, generator):
 
 
 @pytest.mark.parametrize("levels, dims", [(3, 2), (4, 2), (5, 3), (8, 2), (7, 1), (6, 1)])
-def test_every_code_of_the_grid_can_be_reached(levels, dims):
+def test_every_token_of_fsq_can_be_reached(levels, dims):
     quantizer = FSQ(levels**dims, dims)
     line = torch.linspace(-4, 4, 81)
     z = torch.cartesian_prod(*[line] * dims).view(-1, dims)
@@ -679,7 +695,7 @@ def test_every_code_of_the_grid_can_be_reached(levels, dims):
 
 
 @pytest.mark.parametrize("levels, dims", [(3, 2), (4, 3), (5, 2), (8, 3)])
-def test_rows_are_the_digits_of_their_numbers(levels, dims):
+def test_levels_of_fsq_are_the_digits_of_the_token(levels, dims):
     quantizer = FSQ(levels**dims, dims)
     rows, numbers = quantizer.embeddings(), torch.arange(levels**dims)
     assert rows.shape == (levels**dims, dims) and len(rows.unique(dim=0)) == levels**dims
@@ -692,28 +708,28 @@ def test_rows_are_the_digits_of_their_numbers(levels, dims):
 
 
 @pytest.mark.parametrize("levels", [3, 4, 5, 8])
-def test_fsq_rounds_to_the_nearest_level_and_keeps_the_order(levels):
+def test_fsq_rounds_to_the_nearest_level_and_is_monotonic(levels):
     quantizer = FSQ(levels, 1)
     z = torch.linspace(-6, 6, 400, dtype=torch.float64).view(1, 1, 1, -1)
     squashed, output = quantizer.project(z), quantizer(z)
     half = 0.5 / (levels // 2)
     assert ((output.z_q - squashed).abs() <= half * 1.01).all()
     assert (squashed.diff() > 0).all() and (output.indices.diff() >= 0).all()
-    # An encoder that says nothing says the middle.
+    # An encoding of 0 is rounded to the middle level.
     assert quantizer(torch.zeros(1, 1, 1, 1)).indices.item() == levels // 2
 
 
-@pytest.mark.parametrize("codes, dims", [(1000, 4), (8, 3), (2, 1), (28, 3), (4, 2)])
-def test_grids_that_are_no_power_are_refused_with_some_that_are(indices, dims):
+@pytest.mark.parametrize("size, dims", [(1000, 4), (8, 3), (2, 1), (28, 3), (4, 2)])
+def test_codebook_sizes_that_fsq_does_not_have_are_an_error_that_lists_some(size, dims):
     fits = f"{3**dims}, {4**dims}"
-    with pytest.raises(ValueError, match=rf"FSQ with {dims} numbers has {fits}.*not {codes}"):
-        FSQ(indices, dims)
+    with pytest.raises(ValueError, match=rf"FSQ with {dims} numbers has {fits}.*not {size}"):
+        FSQ(size, dims)
 
 
-# ---------------------------------------------------------------- the ancestors
+# ---------------------------------------------------------------- autoencoder and VAE
 
 
-def test_an_autoencoder_is_its_two_halves(x):
+def test_an_autoencoder_is_encoder_and_decoder(x):
     model = Autoencoder(VQVAEConfig(**SIZES)).double()
     reconstruction = model(x)
     assert torch.equal(reconstruction, model.decoder(model.encoder(x)))
@@ -723,7 +739,7 @@ def test_an_autoencoder_is_its_two_halves(x):
 
 
 class Passing(nn.Module):
-    """A decoder that hands z through, so that a test sees it."""
+    """A decoder that returns z, so that a test can see it."""
 
     def forward(self, z):
         return z
@@ -737,31 +753,31 @@ def vae_that_shows_z(**sizes) -> VAE:
 
 
 @pytest.mark.parametrize("sigma", [0.1, 1.0])
-def test_the_divergence_is_the_one_of_two_gaussians(sigma, x):
+def test_the_kl_term_of_the_vae_is_that_of_two_gaussians(sigma, x):
     torch.manual_seed(0)
     model = VAE(VQVAEConfig(**SIZES)).double()
     output = model(x, torch.Generator().manual_seed(0))
     loss = vae_loss(x, output, sigma)
     q = torch.distributions.Normal(output.mean, (output.log_variance / 2).exp())
     p = torch.distributions.Normal(torch.zeros_like(output.mean), 1.0)
-    divergence = torch.distributions.kl_divergence(q, p).flatten(1).sum(1).mean()
-    assert torch.allclose(loss.kl * 3 * 16 * 16, divergence, atol=1e-10)
+    kl = torch.distributions.kl_divergence(q, p).flatten(1).sum(1).mean()
+    assert torch.allclose(loss.kl * 3 * 16 * 16, kl, atol=1e-10)
     assert torch.allclose(loss.reconstruction, (x - output.reconstruction).square().mean())
-    # The bound itself, with a Gaussian of width σ over pixels; the constant is no one's to move.
+    # The negative ELBO itself, with a Gaussian of width σ over pixels, up to its constant.
     likelihood = torch.distributions.Normal(output.reconstruction, sigma).log_prob(x)
-    bound = divergence - likelihood.flatten(1).sum(1).mean()
+    bound = kl - likelihood.flatten(1).sum(1).mean()
     constant = torch.distributions.Normal(0.0, sigma).log_prob(torch.zeros(())).double() * 768
     assert torch.allclose(loss.total * 768 / (2 * sigma**2), bound + constant, rtol=1e-6)
 
 
-def test_a_standard_normal_encoder_diverges_from_nothing(x):
+def test_the_kl_term_of_a_standard_normal_encoder_is_zero(x):
     zero = torch.zeros(4, 3, 4, 4, dtype=torch.float64)
     assert vae_loss(x, VAEOutput(x, zero, zero)).total == 0
     assert vae_loss(x, VAEOutput(x, zero + 1, zero)).kl * 768 == pytest.approx(48 / 2)
     assert vae_loss(x, VAEOutput(x, zero, zero - 1)).kl > 0
 
 
-def test_z_is_mean_plus_sigma_times_noise(x):
+def test_z_is_the_mean_plus_sigma_times_noise(x):
     model = vae_that_shows_z()
     z, mean, log_variance = model(x, torch.Generator().manual_seed(3))
     noise = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -772,7 +788,7 @@ def test_z_is_mean_plus_sigma_times_noise(x):
     assert (many.std(0) / deviation - 1).abs().max() < 0.25
 
 
-def test_gradients_reach_mean_and_variance_through_the_draw(x):
+def test_the_reparameterisation_has_gradients_for_mean_and_variance(x):
     model = vae_that_shows_z()
     z, mean, log_variance = model(x, torch.Generator().manual_seed(0))
     to_mean, to_log = torch.autograd.grad(z.sum(), (mean, log_variance))
@@ -780,7 +796,7 @@ def test_gradients_reach_mean_and_variance_through_the_draw(x):
     assert torch.allclose(to_log, (z - mean) / 2, atol=1e-12)
 
 
-def test_a_seed_repeats_a_vae_and_nothing_else_is_random(x):
+def test_a_vae_draws_random_numbers_from_its_generator_only(x):
     torch.manual_seed(0)
     model = VAE(VQVAEConfig(**SIZES)).double()
     torch.manual_seed(1)
@@ -793,7 +809,7 @@ def test_a_seed_repeats_a_vae_and_nothing_else_is_random(x):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_vae_samples_from_the_standard_normal(unchecked):  # for z is no picture
+def test_a_vae_samples_from_the_standard_normal(unchecked):  # since z is no picture
     model = vae_that_shows_z()
     model.decoder.register_parameter("kind", nn.Parameter(torch.zeros(1, dtype=torch.float64)))
     z = model.sample(200, torch.Generator().manual_seed(0))
@@ -806,7 +822,7 @@ def test_a_vae_samples_from_the_standard_normal(unchecked):  # for z is no pictu
 
 @pytest.fixture(scope="module")
 def eight():
-    """Eight captioned shapes; their variance is 0.48, the loss of a model that says the mean."""
+    """Eight captioned shapes; their variance is 0.48, the loss of predicting the mean."""
     pictures = Shapes(16).sample(8, generator=torch.Generator().manual_seed(0)).pictures
     assert pictures.var() > 0.4
     return pictures
@@ -838,13 +854,17 @@ def test_a_vae_learns_eight_pictures(eight, generator):
     model = VAE(VQVAEConfig(**LEARNING, code_dim=8))
     loss = overfitted(model, lambda model: vae_loss(eight, model(eight, generator)))
     assert loss.reconstruction.item() < 0.06
-    assert loss.kl.item() > 0.01  # it says something about each picture
+    assert loss.kl.item() > 0.01  # z carries information about each picture
 
 
 @kinds
 def test_a_vqvae_learns_eight_pictures(quantizer, cosine, eight, generator):
     torch.manual_seed(0)
-    sizes = {"codebook_size": 625, "code_dim": 4} if quantizer == "fsq" else {"codebook_size": 64, "code_dim": 8}
+    sizes = (
+        {"codebook_size": 625, "code_dim": 4}
+        if quantizer == "fsq"
+        else {"codebook_size": 64, "code_dim": 8}
+    )
     model = VQVAE.from_config(VQVAEConfig(**LEARNING, **sizes, quantizer=quantizer, cosine=cosine))
     model.kmeans_init(eight, generator)
     overfitted(model, lambda model: vqvae_loss(eight, model(eight)))
@@ -869,8 +889,8 @@ PICTURES = [
 
 
 @pytest.mark.parametrize("pictures", PICTURES, ids=lambda p: f"{p.dtype}{tuple(p.shape)}")
-def test_what_is_no_picture_is_refused_by_every_model(unchecked, pictures, generator):
-    said = r"float tensors of shape \(B, 3, 16, 16\) with values in \[−1, 1\]; this is torch\."
+def test_every_model_checks_size_and_type_of_its_pictures(unchecked, pictures, generator):
+    message = r"float tensors of shape \(B, 3, 16, 16\) with values in \[−1, 1\]; this is torch\."
     model = small().float()
     for use in (
         model,
@@ -881,15 +901,15 @@ def test_what_is_no_picture_is_refused_by_every_model(unchecked, pictures, gener
         Autoencoder(VQVAEConfig(**SIZES)),
         lambda p: VAE(VQVAEConfig(**SIZES))(p, generator),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             use(pictures)
 
 
 @kinds
-def test_what_is_no_picture_s_codes_is_refused(unchecked, quantizer, cosine):
+def test_decoding_tokens_of_another_number_or_range_is_an_error(unchecked, quantizer, cosine):
     model = small(quantizer, cosine)
     for shape in ((2, 15), (2, 17), (2, 4, 4), (16,)):
-        with pytest.raises(ValueError, match=r"A picture has 4² codes: \(B, 16\), not"):
+        with pytest.raises(ValueError, match=r"A picture has 4² tokens: \(B, 16\), not"):
             model.decode_tokens(torch.zeros(shape, dtype=torch.int64))
     for wrong in (-1, 27):
         indices = torch.zeros(2, 16, dtype=torch.int64)
@@ -898,13 +918,13 @@ def test_what_is_no_picture_s_codes_is_refused(unchecked, quantizer, cosine):
             model.decode_tokens(indices)
 
 
-def test_no_codes_at_all_are_no_pictures_at_all():
+def test_an_empty_batch_of_tokens_decodes_to_an_empty_batch_of_pictures():
     model = small().float()
     assert model.decode_tokens(torch.zeros(0, 16, dtype=torch.int64)).shape == (0, 3, 16, 16)
 
 
-def test_a_plain_block_starts_as_the_identity_and_has_no_normalisation(generator):
-    block, x = autoencoder.ResidualConvBlock(8), torch.randn(2, 8, 4, 4, generator=generator)
+def test_a_residual_conv_block_starts_as_the_identity_and_has_no_normalisation(generator):
+    block, x = ResidualConvBlock(8), torch.randn(2, 8, 4, 4, generator=generator)
     with torch.no_grad():
         block.conv2.bias.zero_()
     assert torch.equal(block(x), x)
@@ -913,9 +933,11 @@ def test_a_plain_block_starts_as_the_identity_and_has_no_normalisation(generator
     assert not any("norm" in name.lower() for name in map(repr, block.modules()))
 
 
-def test_without_quantizing_the_decoder_hears_z_and_no_code_moves(generator):
+def test_without_quantization_the_decoder_receives_z_and_the_codebook_does_not_change(generator):
     torch.manual_seed(0)
-    model = VQVAE.from_config(VQVAEConfig(resolution=16, channels=(8, 8), codebook_size=8, code_dim=4)).train()
+    model = VQVAE.from_config(
+        VQVAEConfig(resolution=16, channels=(8, 8), codebook_size=8, code_dim=4)
+    ).train()
     x = 2 * torch.rand(2, 3, 16, 16, generator=generator) - 1
     before = model.quantizer.codebook.clone()
     output = model(x, quantize=False)
@@ -923,4 +945,47 @@ def test_without_quantizing_the_decoder_hears_z_and_no_code_moves(generator):
     assert torch.equal(output.reconstruction, model.decoder(z))
     assert torch.equal(model.quantizer.codebook, before)
     loss = vqvae_loss(x, output)
-    assert loss.codebook_loss == 0 and loss.commitment_loss == 0 and loss.total == loss.reconstruction
+    assert (
+        loss.codebook_loss == 0 and loss.commitment_loss == 0 and loss.total == loss.reconstruction
+    )
+
+
+@pytest.mark.parametrize("wrong", [1.5, -1.5, float("nan")])
+def test_every_model_checks_the_range_of_its_pictures(x, wrong, generator):
+    x = x.float()
+    x[1, 2, 3, 4] = wrong
+    model = small().float()
+    for use in (
+        model,
+        model.tokens,
+        model.encode,
+        Autoencoder(VQVAEConfig(**SIZES)),
+        lambda p: VAE(VQVAEConfig(**SIZES))(p, generator),
+    ):
+        with pytest.raises(ValueError, match="Pixels go from −1 to 1"):
+            use(x)
+
+
+def test_a_vqvae_is_composed_of_any_encoder_quantizer_and_decoder(x):
+    config = VQVAEConfig(**SIZES)
+    encoder, decoder = nn.Conv2d(3, 3, 4, stride=4), nn.ConvTranspose2d(3, 3, 4, stride=4)
+    quantizer = VectorQuantizer(27, 3)
+    model = VQVAE(encoder, quantizer, decoder, config)
+    assert isinstance(model, ImageTokenizer)
+    assert (model.encoder, model.quantizer, model.decoder) == (encoder, quantizer, decoder)
+    assert {name.split(".")[0] for name in model.state_dict()} == {
+        "encoder",
+        "decoder",
+        "quantizer",
+    }
+    output = model(x.float())
+    assert torch.equal(output.reconstruction, decoder(output.quantized.z_q))
+    assert torch.equal(output.quantized.indices.flatten(1), model.tokens(x.float()))
+
+
+def test_quantizers_are_made_by_name():
+    kinds = [type(make_quantizer(name, 27, 3)) for name in QUANTIZERS]
+    assert kinds == [EMAQuantizer, VectorQuantizer, FSQ]
+    assert make_quantizer("ema", 27, 3, cosine=True).cosine
+    with pytest.raises(ValueError, match=r"one of \('ema', 'gradient', 'fsq'\), not 'hard'"):
+        make_quantizer("hard", 27, 3)

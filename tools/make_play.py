@@ -2,8 +2,8 @@
 
     python tools/make_play.py      # writes book/_static/play.html
 
-Nothing is picked: seeds 0 to 3, as `draw` samples by default. A later system adds a line to
-`SYSTEMS` and gets a row of its own for every caption that it knows.
+Nothing is picked: seeds 0 to 3, as `draw` samples by default. Every system that ships gets a row of
+its own for each caption that its worlds cover.
 """
 
 import base64
@@ -15,21 +15,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from t2ilearn.data import CaptionError, Emoji, TinyShapes, shapes
-from t2ilearn.data.captions import COLOURS, SHAPES, Stated
-from t2ilearn.data.emoji_captions import StatedEmoji, concept_numbers
-from t2ilearn.data.emoji_files import STYLES
-from t2ilearn.data.grammar import read_caption
-from t2ilearn.drawing import Drawing, draw, load_system
+from t2ilearn.data import CaptionError
+from t2ilearn.data.grammar import WORLDS, read_caption
+from t2ilearn.drawing import Drawing, draw
+from t2ilearn.systems import registry
 
 PAGE = Path(__file__).resolve().parent.parent / "book" / "_static" / "play.html"
-SYSTEMS = {
-    "vqvae": "VQ-VAE and Transformer (book)",
-    "vqgan": "VQGAN and Transformer (book)",
-    "dalle": "DALL·E, on the VQGAN's codes (book)",
-    "dalle-dvae": "DALL·E, on the dVAE's codes (book)",
-    "vqvae-tiny": "VQ-VAE and Transformer (tiny)",
-}
 SEEDS = 4
 CAPTIONS = (
     "a dodo, outline, on a sky background",
@@ -75,29 +66,17 @@ CAPTIONS = (
 )
 
 
-def never_met(stated: Stated | StatedEmoji, emoji: Emoji) -> bool:
-    """Whether training held nothing that shows this colour on this shape, or concept and style."""
-    if isinstance(stated, Stated):
-        pairs = [(t.colour, t.shape) for t in stated.objects if t.colour is not None]
-        return any((COLOURS.index(c), SHAPES.index(s)) in shapes.HELD_OUT for c, s in pairs)
-    if stated.style is None:
-        return False
-    pair = torch.tensor([concept_numbers()[stated.concept], STYLES.index(stated.style)])
-    drawn = (emoji.pairs == pair).all(1) & ~emoji.held_out
-    return not drawn.any()
-
-
-def drawings(system: str) -> dict[int, Drawing]:
-    """A system's four drawings for each caption that it knows, by the caption's number."""
+def drawings(name: str, worlds: dict) -> dict[int, Drawing]:
+    """A system's four drawings for each caption that its worlds cover, by the caption's number."""
     found = {}
     for number, caption in enumerate(CAPTIONS):
         try:
-            read_caption(caption, load_system(system).worlds)
+            read = read_caption(caption, registry.load(name).worlds)
         except CaptionError:
             continue
-        if system == "vqvae-tiny" and not in_tiny_world(caption):
+        if not worlds[read.world.name].covers(read.stated):
             continue
-        singles = [draw(caption, system=system, seed=seed, count=1) for seed in range(SEEDS)]
+        singles = [draw(caption, system=name, seed=seed, count=1) for seed in range(SEEDS)]
         found[number] = Drawing(
             torch.cat([single.pictures for single in singles]),
             singles[0].request,
@@ -105,16 +84,6 @@ def drawings(system: str) -> dict[int, Drawing]:
             [single.aligned[0] for single in singles],
         )
     return found
-
-
-def in_tiny_world(caption: str) -> bool:
-    """One solid object, in the colours and shapes that the tiny world has."""
-    stated = read_caption(caption, ["shapes"])
-    assert isinstance(stated, Stated)
-    thing, world = stated.objects[0], TinyShapes
-    colours = [None, *(COLOURS[number] for number in world.COLOURS)]
-    known = thing.colour in colours and SHAPES.index(thing.shape) in world.SHAPES
-    return len(stated.objects) == 1 and thing.pattern in (None, "solid") and known
 
 
 def sheet(found: dict[int, Drawing]) -> str:
@@ -131,19 +100,20 @@ def sheet(found: dict[int, Drawing]) -> str:
 
 def page() -> str:
     """The page part: plain HTML, by keyboard too, without a kernel."""
-    emoji = Emoji()
-    unseen = [i for i, c in enumerate(CAPTIONS) if never_met(read_caption(c), emoji)]
+    worlds = {name: world() for name, world in WORLDS.items()}
+    read = [read_caption(caption) for caption in CAPTIONS]
+    unseen = [i for i, each in enumerate(read) if worlds[each.world.name].unseen(each.stated)]
     systems = {}
-    for system, title in SYSTEMS.items():
-        found = drawings(system)
+    for name in registry.names():
+        found = drawings(name, worlds)
         rows = {
             number: {"row": row, "judged": sum(drawing.aligned)}
             for row, (number, drawing) in enumerate(found.items())
         }
         side = next(iter(found.values())).pictures.shape[-1]
-        systems[system] = {
-            "title": title,
-            "weights": load_system(system).weights_id,  # a test holds them to those that ship
+        systems[name] = {
+            "title": registry.title(name),
+            "weights": registry.load(name).weights_id,  # a test holds them to those that ship
             "side": side,
             "rows": rows,
             "sheet": sheet(found),

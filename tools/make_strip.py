@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import make_play
 from t2ilearn.data.captions import COLOURS, SHAPES
-from t2ilearn.data.emoji_captions import StatedEmoji, concept_numbers
-from t2ilearn.data.emoji_files import STYLES
 from t2ilearn.data.grammar import read_caption
 from t2ilearn.data.shapes import HELD_OUT
-from t2ilearn.drawing import draw, load_reader
+from t2ilearn.drawing import draw
+from t2ilearn.judging import load_reader
+from t2ilearn.judging.alignment import score
 
 STATIC = Path(__file__).resolve().parent.parent / "book" / "_static"
 CAPTIONS = (
@@ -60,12 +60,11 @@ def best_read() -> list[str]:
     log p(concept, style | drawing)."""
     scores = {}
     for caption in make_play.CAPTIONS:
-        stated = read_caption(caption)
-        if isinstance(stated, StatedEmoji) and stated.style is not None:
+        read = read_caption(caption)
+        if read.world.name == "emoji":
             drawing = draw(caption, count=1, seed=0, best_of=BEST_OF)
-            concept, style, _ = load_reader("emoji-judge")(drawing.pictures)
-            right = concept.log_softmax(1)[0, concept_numbers()[stated.concept]]
-            scores[caption] = float(right + style.log_softmax(1)[0, STYLES.index(stated.style)])
+            judge = load_reader(read.world.judge)
+            scores[caption] = score(judge, drawing.pictures, [read], read.world).item()
     return sorted(scores, key=scores.__getitem__, reverse=True)[:COLUMNS]
 
 

@@ -172,6 +172,18 @@ class Emoji:
         """This world alone."""
         return (self,)
 
+    def covers(self, stated: StatedEmoji) -> bool:
+        """Whether there is a drawing of what a caption states."""
+        styles = self._number[concept_numbers()[stated.concept]] >= 0
+        return bool(styles.any() if stated.style is None else styles[STYLES.index(stated.style)])
+
+    def unseen(self, stated: StatedEmoji) -> bool:
+        """Whether a caption states a concept in a style that training never showed."""
+        if stated.style is None:
+            return False
+        row = self._number[concept_numbers()[stated.concept], STYLES.index(stated.style)]
+        return bool(row < 0 or self.held_out[row])
+
     def _prepare(self, bank: UInt8[Tensor, "p 4 64 64"]) -> None:
         """Keep the drawings at this resolution, and list every scene that can be seen."""
         self._number = torch.full((len(self.concepts), len(STYLES)), -1)

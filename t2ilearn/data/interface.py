@@ -78,6 +78,14 @@ class CaptionedPictures(Protocol):
         """What was stated, as pairs (column, value)."""
         ...
 
+    def covers(self, stated: Any) -> bool:
+        """Whether the world has everything that a caption states."""
+        ...
+
+    def unseen(self, stated: Any) -> bool:
+        """Whether no training picture shows the combination that a caption states."""
+        ...
+
     def scenes(
         self, n: int, split: str = "train", *, generator: torch.Generator
     ) -> Int[Tensor, "n facts"]:

@@ -333,6 +333,16 @@ class Shapes:
         """This world alone."""
         return (self,)
 
+    def covers(self, stated: Stated) -> bool:
+        """Every caption that the grammar reads can be drawn here."""
+        return True
+
+    def unseen(self, stated: Stated) -> bool:
+        """Whether a caption states a colour and a shape that never met in training."""
+        pairs = [(t.colour, t.shape) for t in stated.objects if t.colour is not None]
+        numbers = [(words.COLOURS.index(c), words.SHAPES.index(s)) for c, s in pairs]
+        return any(pair in HELD_OUT for pair in numbers)
+
     def _draw_scenes(self, n: int, split: str, generator: torch.Generator) -> Tensor:
         def roll(high: int) -> Tensor:
             return torch.randint(high, (n,), generator=generator)
@@ -461,6 +471,13 @@ class TinyShapes(Shapes):
 
     def __init__(self, resolution: int = 32) -> None:
         super().__init__(resolution)
+
+    def covers(self, stated: Stated) -> bool:
+        """Whether a caption states one solid object in this world's colours and shapes."""
+        thing = stated.objects[0]
+        colours = [None, *(words.COLOURS[number] for number in self.COLOURS)]
+        known = thing.colour in colours and words.SHAPES.index(thing.shape) in self.SHAPES
+        return len(stated.objects) == 1 and thing.pattern in (None, "solid") and known
 
     def _draw_scenes(self, n: int, split: str, generator: torch.Generator) -> Tensor:
         scenes = super()._draw_scenes(n, split, generator)

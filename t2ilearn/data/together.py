@@ -78,6 +78,12 @@ class Together:
         """As for `read`."""
         raise ValueError("What was stated belongs to one of the worlds.")
 
+    def covers(self, stated: Any) -> bool:
+        """As for `read`."""
+        raise ValueError("What was stated belongs to one of the worlds.")
+
+    unseen = covers
+
     def scenes(
         self, n: int, split: str = "train", *, generator: torch.Generator
     ) -> Int[Tensor, "{n} facts"]:

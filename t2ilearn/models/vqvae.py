@@ -24,7 +24,7 @@ each.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ class VQVAE(ImageTokenizer):
         self.quantizer = quantizer
 
     @classmethod
-    def from_config(cls, config: VQVAEConfig) -> Self:
+    def from_config(cls, config: VQVAEConfig) -> "VQVAE":
         """A model with chapter 2's networks and new weights."""
         encoder, decoder = Encoder(config), Decoder(config)
         size = (config.codebook_size, config.code_dim)

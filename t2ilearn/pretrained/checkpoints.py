@@ -120,7 +120,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 def _reason(path: Path, error: Exception) -> str:
     """What `torch.load` refused, without its advice to load the file with `weights_only=False`."""
     text = str(error)
-    refused = re.search(r"GLOBAL (\S+)", text)
+    refused = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", text)  # as torch words it
     if refused:
         return (
             f"{path} is not loaded: its pickle wants to run {refused[1]}; refused, since it is not "

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,7 @@ class TokenSystem(System):
         self.parts: Mapping[str, nn.Module] = {"tokenizer": tokenizer, "prior": prior}
 
     @classmethod
-    def load(cls, files: Mapping[str, Path]) -> Self:
+    def load(cls, files: Mapping[str, Path]) -> "TokenSystem":
         """The two stages from their weights.
 
         Raises:

@@ -171,7 +171,7 @@ def configs_of(*configs: Any) -> dict[str, dict]:
     return {type(config).__name__: asdict(config) for config in configs}
 
 
-def read_header(text: str | None, file: str) -> Header:
+def read_header(text: Any, file: str) -> Header:
     """The header's own facts, from the metadata of a safetensors file.
 
     Args:
@@ -188,7 +188,7 @@ def read_header(text: str | None, file: str) -> Header:
         )
     try:
         values = json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         raise WeightsError(f"{place.owner} is damaged: it is not readable as JSON.") from None
     if isinstance(values, dict) and "schema" in values:
         check_schema(values["schema"], place.key("schema"))
@@ -205,9 +205,8 @@ def check_schema(value: object, place: Place) -> None:
         place.refuse(value, f"{SCHEMA}: {FIRST_EDITION}" if value == 1 else str(SCHEMA))
 
 
-def check_against_header(card: Card, header: Header) -> None:
+def check_against_header(card: Card, header: Header, place: Place) -> None:
     """Raise `WeightsError` naming the first field in which card and header differ."""
-    place = Place(f"card {card.name}")
     if card.stage != header.stage:
         place.key("stage").refuse(card.stage, f"{header.stage!r} as in the header of the weights")
     _same(card.configs, header.configs, place.key("configs"))
@@ -264,7 +263,7 @@ def is_name(name: str) -> bool:
     )
 
 
-def _between(value: float, low: float, high: float, place: Place) -> None:
+def _between(value: int | float, low: int | float, high: int | float, place: Place) -> None:
     if not low <= value <= high:
         place.refuse(value, f"a number from {low:,} to {high:,}")
 

@@ -116,7 +116,7 @@ def load(name_or_path: str | Path) -> Weights:
     """
     path = find(name_or_path)
     data = _read(path)
-    header = _check_layout(path, data)
+    metadata = _check_layout(path, data).get("__metadata__")
     card = read_card(path.with_suffix(".json"))
     digest = hashlib.sha256(data).hexdigest()
     if digest != card.sha256:
@@ -124,15 +124,16 @@ def load(name_or_path: str | Path) -> Weights:
             f"{path} is not the file its card describes: its SHA-256 begins {digest[:12]}, the "
             f"card's field sha256 is {card.sha256[:12]}…. Fetch both files again."
         )
-    facts = read_header(_metadata(header).get(METADATA_KEY), str(path))
-    check_against_header(card, facts)
+    place = Place(f"card {path.with_suffix('.json')}")
+    header = read_header(metadata.get(METADATA_KEY) if metadata else None, str(path))
+    check_against_header(card, header, place)
     state = _parse(path, data)
     numbers = sum(tensor.numel() for tensor in state.values())
     if card.parameters > numbers:
-        place = Place(f"card {card.name}", "parameters")
-        place.refuse(card.parameters, f"at most {numbers:,}, as many numbers as the file holds")
+        expected = f"at most {numbers:,}, as many numbers as the weights have"
+        place.key("parameters").refuse(card.parameters, expected)
     floats = {key: t.float() if t.is_floating_point() else t for key, t in state.items()}
-    return Weights(floats, dataclasses.replace(card, configs=facts.configs), path)
+    return Weights(floats, dataclasses.replace(card, configs=header.configs), path)
 
 
 def read_card(path: str | Path) -> Card:
@@ -147,6 +148,8 @@ def read_card(path: str | Path) -> Card:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsError(f"The card {path} is missing; weights come with one.") from None
+    except OSError as error:
+        raise WeightsError(f"The card {path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"The card {path} is not readable as JSON: {error}.") from None
     return Card.from_json(values, str(path))
@@ -297,6 +300,7 @@ def _check_layout(path: Path, data: bytes) -> dict[str, Any]:
         raise WeightsError(f"{path} is truncated: it ends inside its header. Fetch it again.")
     try:
         header = json.loads(data[8:header_end])
+        _ = header.get("__metadata__", {}).get(METADATA_KEY)  # an object, if it is there
         ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
         expected = header_end + max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
@@ -306,12 +310,6 @@ def _check_layout(path: Path, data: bytes) -> dict[str, Any]:
             f"{path} is truncated: {len(data):,} of {expected:,} bytes. Fetch it again."
         )
     return header
-
-
-def _metadata(header: dict[str, Any]) -> dict[str, str]:
-    """The strings by name that a header holds beside the places of its tensors."""
-    metadata = header.get("__metadata__", {})
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def _parse(path: Path, data: bytes) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Runs survive a machine that forgets: on Drive, or as one file that training goes on from."""
+"""Archived runs: a run that is kept on Drive or in one file resumes on another machine."""
 
 import ast
 import json
@@ -14,24 +14,36 @@ from types import ModuleType
 import pytest
 import torch
 
-from t2ilearn import keep, recipes, training, weights
-from t2ilearn.keep import RunFileError, lab_folder, pack, runs_folder, unpack
-from t2ilearn.recipes import train_system
+from t2ilearn import training, weights
+from t2ilearn.systems import STAGES, train_system
+from t2ilearn.systems import stage as stages
+from t2ilearn.training import (
+    RunFileError,
+    archive,
+    archive_run,
+    lab_folder,
+    restore_run,
+    runs_folder,
+)
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(recipes, "_evaluate_vqvae", lambda job, model: {})
-    monkeypatch.setitem(
-        recipes._SYSTEMS, "vqvae", (recipes._train_vqvae, lambda job, model: {"measured": 1.0})
-    )
-    monkeypatch.setitem(recipes.BARS, ("vqvae", "tiny"), {})
+    """The first stage of the VQ-VAE without the measurements for its card."""
+    unmeasured = replace(STAGES["vqvae"], evaluate=lambda job, model: {"measured": 1.0}, bars={})
+    monkeypatch.setitem(STAGES, "vqvae", unmeasured)
+
+
+def train_vqvae(runs: Path, steps: int) -> weights.Weights:
+    """The weights that a short run of that stage leaves."""
+    how = {"stage": "vqvae", "steps": steps, "progress": False}
+    return weights.load(train_system("vqvae", "tiny", runs, **how))
 
 
 def interrupted_at(monkeypatch, step):
-    real = recipes.train
+    real = stages.train
 
     def train(model, make_batch, *args, **options):
         def make(number, generator):
@@ -41,44 +53,43 @@ def interrupted_at(monkeypatch, step):
 
         return real(model, make, *args, **options)
 
-    monkeypatch.setattr(recipes, "train", train)
-    return lambda: monkeypatch.setattr(recipes, "train", real)
+    monkeypatch.setattr(stages, "train", train)
+    return lambda: monkeypatch.setattr(stages, "train", real)
 
 
-def test_training_goes_on_from_the_one_file(tmp_path, monkeypatch, quick):
-    """Stopped after three of six steps, packed, unpacked elsewhere: the same weights at the end."""
-    how = {"steps": 6, "progress": False}
-    whole = weights.load(train_system("vqvae", "tiny", tmp_path / "whole", **how))
-    mend = interrupted_at(monkeypatch, 3)
-    card = weights.load(train_system("vqvae", "tiny", tmp_path / "colab", **how)).card
-    assert card["steps"] == 3
-    mend()
-    file = pack(tmp_path / "colab" / "vqvae-tiny")
+def test_an_archived_run_resumes_bit_for_bit(tmp_path, monkeypatch, quick):
+    """Stopped after two of four steps, archived, restored elsewhere: the same weights at the end."""
+    whole = train_vqvae(tmp_path / "whole", steps=4)
+    undo = interrupted_at(monkeypatch, 2)
+    assert train_vqvae(tmp_path / "colab", steps=4).card.steps == 2
+    undo()
+    file = archive_run(tmp_path / "colab" / "vqvae-tiny")
     assert file == tmp_path / "colab" / "vqvae-tiny.zip"
-    assert unpack(file, tmp_path / "home") == tmp_path / "home" / "vqvae-tiny"
-    resumed = weights.load(train_system("vqvae", "tiny", tmp_path / "home", **how))
-    assert resumed.card["steps"] == 6
+    assert restore_run(file, tmp_path / "home") == tmp_path / "home" / "vqvae-tiny"
+    resumed = train_vqvae(tmp_path / "home", steps=4)
+    assert resumed.card.steps == 4
     for name, tensor in whole.state.items():
         assert torch.equal(tensor, resumed.state[name]), name
 
 
-def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch, quick):
+def test_archives_and_runs_are_never_overwritten_nor_written_in_part(tmp_path, monkeypatch):
     run = tmp_path / "vqvae-tiny"
-    train_system("vqvae", "tiny", tmp_path, steps=2, progress=False)
-    file = pack(run)
+    run.mkdir()
+    (run / "flight.json").write_text("{}", encoding="utf-8")
+    file = archive_run(run)
     before = file.read_bytes()
     with pytest.raises(FileExistsError, match="there already"):
-        unpack(file, tmp_path)
+        restore_run(file, tmp_path)
 
     def full(self, *args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(zipfile.ZipFile, "write", full)
     with pytest.raises(OSError, match="No space"):
-        pack(run)
+        archive_run(run)
     assert file.read_bytes() == before and not list(tmp_path.glob("*.partial"))
     with pytest.raises(FileNotFoundError, match="no training run"):
-        pack(tmp_path / "nothing")
+        archive_run(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -92,56 +103,56 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch, 
         {"run/flight.json": "{}", "run/..\\..\\evil.txt": "x"},
     ],
 )
-def test_what_is_no_packed_run_is_refused(tmp_path, members):
+def test_a_file_that_is_no_archived_run_raises_an_error(tmp_path, members):
     file, home = tmp_path / "run.zip", tmp_path / "home"
     with zipfile.ZipFile(file, "w") as archive:
         for name, text in members.items():
             archive.writestr(name, text)
     with pytest.raises(RunFileError):
-        unpack(file, home)
+        restore_run(file, home)
     assert not home.exists() or not any(home.iterdir())
     assert sorted(path.name for path in tmp_path.iterdir()) in (["run.zip"], ["home", "run.zip"])
 
 
-def test_a_damaged_file_is_refused_and_leaves_nothing(tmp_path):
+def test_a_damaged_archive_raises_an_error_and_leaves_no_files(tmp_path):
     file, home = tmp_path / "run.zip", tmp_path / "home"
     file.write_bytes(b"PK but not really")
     with pytest.raises(RunFileError, match="cut off"):
-        unpack(file, home)
+        restore_run(file, home)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("run/flight.json", "x" * 1000)
     data = bytearray(file.read_bytes())
     data[200] ^= 0xFF  # a byte of the content: its checksum no longer fits
     file.write_bytes(data)
     with pytest.raises(RunFileError, match="damaged"):
-        unpack(file, home)
+        restore_run(file, home)
     assert list(home.iterdir()) == []
     with pytest.raises(FileNotFoundError):
-        unpack(tmp_path / "none.zip", home)
+        restore_run(tmp_path / "none.zip", home)
 
 
-def test_a_machine_that_remembers_is_left_alone(monkeypatch):
-    monkeypatch.setattr(keep, "on_colab", lambda: False)
+def test_runs_stay_in_the_working_folder_outside_colab(monkeypatch):
+    monkeypatch.setattr(archive, "on_colab", lambda: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert str(runs_folder()) == "runs"
 
 
-def test_colab_keeps_runs_on_drive_or_warns(tmp_path, monkeypatch):
+def test_on_colab_runs_are_kept_on_drive_or_a_warning_is_given(tmp_path, monkeypatch):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
-    monkeypatch.setattr(keep, "DRIVE", tmp_path)
+    monkeypatch.setattr(archive, "DRIVE", tmp_path)
     assert runs_folder() == tmp_path / "t2ilearn-runs"
     assert lab_folder("a-lab") == tmp_path / "t2ilearn-runs" / "a-lab" == lab_folder("a-lab")
-    monkeypatch.setattr(keep, "DRIVE", tmp_path / "not mounted")
+    monkeypatch.setattr(archive, "DRIVE", tmp_path / "not mounted")
     for folder, wanted in ((runs_folder, "runs"), (lambda: lab_folder("a-lab"), "runs/a-lab")):
-        with pytest.warns(UserWarning, match="pack"):
+        with pytest.warns(UserWarning, match="archive_run"):
             assert folder().as_posix() == wanted
 
 
-def test_elsewhere_a_lab_gets_a_new_folder_that_goes_when_python_goes(monkeypatch):
+def test_outside_colab_a_lab_folder_is_new_and_removed_at_exit(monkeypatch):
     monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
     code = """
-from t2ilearn.keep import lab_folder
+from t2ilearn.training import lab_folder
 one, two = lab_folder("a-lab"), lab_folder("a-lab")
 assert one != two and one.is_dir() and not any(two.iterdir())
 (one / "checkpoint").write_text("weights", encoding="utf-8")
@@ -152,12 +163,12 @@ print(one, two, sep="\\n")
     assert len(said) == 2 and not any(Path(folder).exists() for folder in said)
 
 
-# ---------------------------------------------------------------- the labs, on a pretended Colab
+# ---------------------------------------------------------------- the labs, on a simulated Colab
 
-STEPS, STOP = 6, 3
+STEPS, STOP = 4, 2
 # The cells that lead to a lab's own run, its folder and itself; its model's name; its folder's.
 LABS = {
-    "01_pictures_lab": ("imports recipe forecast run train-reader", "reader", "first-6"),
+    "01_pictures_lab": ("imports recipe forecast run train-reader", "reader", f"first-{STEPS}"),
     "02_vqvae_lab": ("imports learn forecast train-folder train-run", "own", "small"),
     "03_priors_lab": ("imports train-data forecast train-folder train-run", "mine", "small"),
 }
@@ -169,7 +180,7 @@ def cells_of(lab: str) -> dict[str, str]:
     return {c["id"]: "".join(c["source"]) for c in book["cells"] if c["cell_type"] == "code"}
 
 
-class Unsure(ast.NodeTransformer):
+class WithoutAsserts(ast.NodeTransformer):
     """Code that asserts nothing."""
 
     def visit_Assert(self, node: ast.Assert) -> ast.Pass:
@@ -177,7 +188,7 @@ class Unsure(ast.NodeTransformer):
 
 
 class Reader:
-    """Who runs a lab's cells, but for what they assert of the quality of a whole run."""
+    """Runs a lab's cells, without what they assert about the quality of a whole run."""
 
     def __init__(self, lab: str) -> None:
         self.cells, self.names = cells_of(lab), {}
@@ -185,20 +196,20 @@ class Reader:
         *before, self.folder, self.training = cells.split()
         for cell in before:
             self.run(self.cells[cell], whole=cell != "forecast")
-        for sizes in (self.names.get("RUNS"), self.names.get("sizes")):  # six steps of hundreds
+        for sizes in (self.names.get("RUNS"), self.names.get("sizes")):  # a few steps of hundreds
             for size, (model, plan) in (sizes or {}).items():
                 sizes[size] = model, replace(plan, steps=STEPS)
         self.names |= {"STEPS": STEPS, "train": self.train}
 
     def run(self, source: str, whole: bool = True) -> None:
-        """A cell, or what it says before its first block: a forecast is not what is tested."""
-        tree = Unsure().visit(ast.parse(source))
+        """A cell, or the part of it before its first block: forecasts are not tested here."""
+        tree = WithoutAsserts().visit(ast.parse(source))
         if not whole:
             tree.body = [*takewhile(lambda n: not isinstance(n, ast.For | ast.With), tree.body)]
         exec(compile(ast.fix_missing_locations(tree), "cell", "exec"), self.names)
 
     def train(self, model, make_batch, *arguments, **options):
-        """`train`, and somebody who presses the stop button."""
+        """`train`, stopped at the step `stop` as by the stop button."""
 
         def make(number, generator):
             if number == self.stop:
@@ -208,7 +219,7 @@ class Reader:
         return training.train(model, make, *arguments, **options)
 
     def sit(self, brought: str = "", stop: int | None = None) -> tuple[int, dict]:
-        """Train, and take the run along: steps done so far, and the weights."""
+        """Train, and archive the run: steps done so far, and the weights."""
         self.stop = stop
         assert 'BROUGHT = ""' in self.cells[self.folder]
         self.run(self.cells[self.folder].replace('BROUGHT = ""', f"BROUGHT = {brought!r}"))
@@ -219,22 +230,24 @@ class Reader:
 
 @pytest.fixture
 def colab(tmp_path, monkeypatch):
-    """A pretended Colab machine, Drive not mounted: the files that it downloaded."""
+    """A simulated Colab machine, Drive not mounted: the files that it downloaded."""
     downloaded, files = [], ModuleType("google.colab.files")
     files.download = downloaded.append
     package = ModuleType("google.colab")
     package.files = files
     monkeypatch.setitem(sys.modules, "google.colab", package)
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
-    monkeypatch.setattr(keep, "DRIVE", tmp_path / "drive")
+    monkeypatch.setattr(archive, "DRIVE", tmp_path / "drive")
     return downloaded
 
 
 @pytest.mark.filterwarnings("ignore:This Colab machine forgets")
 @pytest.mark.parametrize("lab", LABS)
-def test_a_labs_run_survives_a_colab_machine(lab, colab, tmp_path, monkeypatch, unchecked):
-    """Stopped on one machine and gone on with on the next, by a file or by Drive: the same weights
-    as in one sitting."""
+def test_the_run_of_a_lab_resumes_on_another_colab_machine(
+    lab, colab, tmp_path, monkeypatch, unchecked
+):
+    """Stopped on one machine and resumed on the next, by a file or by Drive: the same weights as
+    without a stop."""
 
     def machine(name: str) -> Path:
         (tmp_path / name).mkdir()
@@ -252,7 +265,7 @@ def test_a_labs_run_survives_a_colab_machine(lab, colab, tmp_path, monkeypatch, 
 
     third, drive = machine("third"), tmp_path / "drive"
     drive.mkdir()
-    reader.run(reader.cells["imports"])  # which look for Drive
+    reader.run(reader.cells["imports"])  # the cell that looks for Drive
     reader.names["train"] = reader.train
     assert reader.sit(stop=STOP)[0] == STOP
     steps, by_drive = reader.sit()
