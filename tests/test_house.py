@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import importlib.metadata
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from PIL import Image
 import results_tables
 import run_notebooks
 import sync_address
+from t2ilearn import systems
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "t2ilearn"
@@ -108,7 +110,10 @@ def test_extras_are_the_promised_ones():
     assert "sphinx-book-theme<1.3" in PROJECT["optional-dependencies"]["book"]
 
 
-def test_environment_yml_agrees_with_pyproject():
+FILES_WITH_COMMANDS = ("README.md", "Makefile", "environment.yml")
+
+
+def test_environment_yml_installs_what_the_readme_promises():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert environment["name"] == PROJECT["name"]
     assert environment["channels"][0] == "conda-forge"
@@ -122,7 +127,30 @@ def test_environment_yml_agrees_with_pyproject():
     # Everything else comes from pyproject.toml, so that nothing is listed twice.
     assert len(pip) == 1
     extras = re.fullmatch(r"-e \.\[([\w,]+)\]", pip[0]).group(1).split(",")
-    assert set(extras) <= set(PROJECT["optional-dependencies"]) and "lab" in extras
+    assert set(extras) <= set(PROJECT["optional-dependencies"])
+    installed = {
+        requirement(line)[0]
+        for lines in (PROJECT["dependencies"], *map(PROJECT["optional-dependencies"].get, extras))
+        for line in lines
+    }
+    # What README, its make targets and the file's own comments tell a reader to run: command,
+    # the distribution that provides it, and the entry point by which it does.
+    promises = (
+        ("jupyter lab", "jupyterlab", "jupyter-lab"),
+        ("jupyter-book build", "jupyter-book", "jupyter-book"),
+        ("pytest", "pytest", "pytest"),
+        ("--nbval", "nbval", "nbval"),
+    )
+    told = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES_WITH_COMMANDS}
+    for command, distribution, entry_point in promises:
+        assert command in told["environment.yml"]
+        assert command in told["README.md"] + told["Makefile"]
+        assert distribution in installed, f"{command} needs {distribution}: add its extra"
+        try:
+            provided = importlib.metadata.distribution(distribution).entry_points
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a test environment without this extra
+        assert entry_point in provided.names
 
 
 def test_version_is_the_same_everywhere():
@@ -270,12 +298,12 @@ def test_no_two_modules_import_each_other_in_a_circle():
 
 def test_systems_are_listed_in_the_registry_alone():
     """No other file of package and tools names a system, but for those that define one."""
-    quoted = re.compile("[\"'](?:vqvae|vqgan|pixelcnn|dalle|dalle-dvae)[\"']")
-    files = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py")]
-    for path in files:
+    names = set(systems.SYSTEMS)
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
         if {"systems", "lessons", "models", "widgets"} & set(path.parts):
             continue
-        found = quoted.findall(path.read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)} & names
         assert not found, f"{path.relative_to(ROOT)} names {found}: ask systems.registry"
 
 

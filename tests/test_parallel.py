@@ -1,6 +1,7 @@
-"""Two processes, each with half of a batch, learn what one learns from the whole: to the number.
+"""Data-parallel training: two processes with half of each batch learn what one learns from all of it.
 
-The processes are real and talk by gloo. Each test of numbers reads what one start of them left.
+The processes are real and communicate by gloo. One program imports everything once and forks them;
+the tests read what they left.
 """
 
 import json
@@ -16,8 +17,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from t2ilearn import recipes, training
-from t2ilearn.vqvae import ranks, summed_over_ranks
+from t2ilearn import training, weights
+from t2ilearn.models.distributed import num_ranks, sum_over_ranks
+from t2ilearn.systems import STAGES
+from t2ilearn.systems import stage as stages
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = 1e-9
@@ -26,18 +29,25 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="fork and the loopback's name are Linux's"),
 ]
 
-# Three children of one process that has imported everything: two that train together, one alone.
-TOGETHER = '''
-import json, os, sys
+# Children of one process that has imported everything: two that train together, one alone; and two
+# that torchrun's agent starts with the command line.
+PROGRAM = '''
+import hashlib, json, os, sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from t2ilearn import dalle, flight, training, vqvae
-from t2ilearn.prior import PriorConfig
+from t2ilearn import cli, training
+from t2ilearn.models import dalle, dvae, vqvae
+from t2ilearn.models.tokens import END, PAD, null_caption
+from t2ilearn.models.transformer import PriorConfig
+from t2ilearn.systems import STAGES
+from t2ilearn.systems import stage as stages
 from t2ilearn.training import TrainConfig
-from t2ilearn.tokens import END, PAD, null_caption
+from t2ilearn.training.checkpoint import load_checkpoint
 
 torch.set_num_threads(1)
 CONFIG = TrainConfig(steps=4, batch_size=4, learning_rate=1e-2, warmup_steps=0, gradient_clip=0.5)
@@ -81,16 +91,16 @@ def train_vqvae(folder, quantizer):
 
 
 def train_dvae(folder):
-    model = dalle.DVAE(dalle.DVAEConfig(**CODES)).double()
+    model = dvae.DVAE(dvae.DVAEConfig(**CODES)).double()
 
     def make_batch(step, _):
         generator = torch.Generator().manual_seed(step)
-        noise = dalle.gumbel_noise((8, 12, 4, 4), generator, torch.float64)
+        noise = dvae.gumbel_noise((8, 12, 4, 4), generator, torch.float64)
         return *half(pictures(generator), noise), step / 4
 
     def compute_loss(model, batch, generator):
         x, noise, share = batch
-        return dalle.dvae_loss(x, model(x, dalle.temperature_at(share), noise), 1 + share)
+        return dvae.dvae_loss(x, model(x, dvae.temperature_at(share), noise), 1 + share)
 
     return *training.train(
         model, make_batch, compute_loss, CONFIG, folder, progress=False
@@ -134,7 +144,7 @@ def everything(who, out):
         model, curves, seen = case(out / shared / name)
         tensors = {f"averaged/{k}": v.clone() for k, v in model.state_dict().items()} | seen
         if who != "1":
-            tensors |= flight.load_checkpoint(out / shared / name)[0]
+            tensors |= load_checkpoint(out / shared / name)[0]
         save_file(tensors, out / f"{name}-{who}.safetensors")
         (out / f"{name}-{who}.json").write_text(json.dumps(curves), encoding="utf-8")
 
@@ -158,35 +168,36 @@ for who in ("0", "1", "alone"):
             sys.stderr.flush()
             os._exit(status)
     children.append(child)
-failed = [os.waitpid(child, 0)[1] for child in children]
-sys.exit(any(failed))
+if any(os.waitpid(child, 0)[1] for child in children):
+    sys.exit("a process of the three failed")
+
+
+def command(arguments):
+    '''As `t2ilearn` under torchrun, without measurements; notes which pictures a process uses.'''
+
+    def noting(model, make_batch, *rest, **options):
+        def make(step, generator):
+            batch = make_batch(step, generator)
+            seen.append(hashlib.sha256(batch[0].numpy().tobytes()).hexdigest())
+            return batch
+
+        return train(model, make, *rest, **options)
+
+    train, seen, rank = stages.train, [], os.environ["RANK"]
+    stages.train = noting
+    measured = {"measured by": rank}
+    STAGES["vqvae"] = replace(STAGES["vqvae"], evaluate=lambda job, model: measured, bars={})
+    sys.argv = ["t2ilearn", *arguments]
+    cli.main()
+    Path(f"seen-{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
+
+
+launch = LaunchConfig(
+    1, 1, 2, rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{sys.argv[3]}",
+    rdzv_configs={"rank": 0}, start_method="fork", max_restarts=0, monitor_interval=0.1,
+)
+elastic_launch(launch, command)(sys.argv[4:])
 '''
-
-# As `t2ilearn`, but for what would take long; and each process notes which pictures it saw.
-COMMAND = """
-import hashlib, json, os, sys
-from pathlib import Path
-
-from t2ilearn import cli, recipes
-
-train, seen = recipes.train, []
-recipes.evaluate_vqvae = lambda model, world: {"measured by": os.environ["RANK"]}
-
-
-def noting(model, make_batch, *rest, **options):
-    def make(step, generator):
-        batch = make_batch(step, generator)
-        seen.append(hashlib.sha256(batch[0].numpy().tobytes()).hexdigest())
-        return batch
-
-    return train(model, make, *rest, **options)
-
-
-recipes.train = noting
-cli.main()
-path = Path(os.environ["NOTES"], f"seen-{os.environ['RANK']}.json")
-path.write_text(json.dumps(seen), encoding="utf-8")
-"""
 
 
 def free_port() -> str:
@@ -222,10 +233,17 @@ def finish(command, folder, **environment):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Where the program ran, with all that its processes left."""
+    folder = tmp_path_factory.mktemp("parallel")
+    train = ["train", "vqvae", "--preset", "tiny", "--stage", "vqvae", "--steps", "4"]
+    finish(["-c", PROGRAM, folder, free_port(), free_port(), *train], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
     """What the two that trained together, and the one alone, left: (tensors, curves) by name."""
-    folder = tmp_path_factory.mktemp("together")
-    finish(["-c", TOGETHER, folder, free_port()], folder)
 
     def read(name, who):
         curves = (folder / f"{name}-{who}.json").read_text(encoding="utf-8")
@@ -243,7 +261,7 @@ def difference(a, b):
 
 
 @CASES
-def test_two_with_half_a_batch_learn_what_one_learns_from_the_whole(trained, name):
+def test_two_processes_with_half_a_batch_learn_what_one_learns_from_all_of_it(trained, name):
     """Weights, their averages, the optimiser's moments; of a codebook its counts and sums."""
     (together, _), (alone, _) = trained(name, "0"), trained(name, "alone")
     assert together.keys() == alone.keys()
@@ -264,7 +282,7 @@ def test_both_processes_end_with_the_same_model(trained, name):
 
 
 @CASES
-def test_the_curves_are_those_of_the_joint_batch(trained, name):
+def test_the_curves_are_means_over_the_joint_batch(trained, name):
     (_, first), (_, second), (_, alone) = (trained(name, who) for who in ("0", "1", "alone"))
     assert first == second and first.keys() == alone.keys() and first["step"] == [1, 2, 3, 4]
     for term, values in alone.items():
@@ -274,7 +292,7 @@ def test_the_curves_are_those_of_the_joint_batch(trained, name):
 
 
 @pytest.mark.parametrize("name", ["ema", "gradient"])
-def test_the_codebook_starts_and_revives_on_encodings_of_all(trained, name):
+def test_the_codebook_is_initialised_and_restarted_from_encodings_of_all_processes(trained, name):
     (first, _), (second, _), (alone, _) = (trained(name, who) for who in ("0", "1", "alone"))
     for step in range(4):
         book = f"book_{step}"
@@ -284,46 +302,42 @@ def test_the_codebook_starts_and_revives_on_encodings_of_all(trained, name):
     assert (moved[3:8] > 1e-3).all()  # the five dead codes
 
 
-def test_torchrun_trains_and_writes_one_set_of_files(tmp_path):
-    """`torchrun --nproc-per-node 2 -m t2ilearn train vqvae --preset tiny --steps 6`."""
-    script = tmp_path / "command.py"
-    script.write_text(COMMAND, encoding="utf-8")
-    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    train = ["train", "vqvae", "--preset", "tiny", "--steps", "6"]
-    finish([*run, script, *train], tmp_path, NOTES=str(tmp_path))
-    (folder,) = (tmp_path / "runs").iterdir()
-    names = {path.name for path in folder.iterdir()}
-    (checkpoint,) = folder.glob("checkpoint-*.safetensors")
-    assert folder.name == "vqvae-tiny" and names == {
-        *("vqvae-tiny.safetensors", "vqvae-tiny.json", "learns_from.json", "flight.json"),
+def test_torchrun_trains_on_different_batches_and_writes_one_set_of_files(folder):
+    """`torchrun --nproc-per-node 2 -m t2ilearn train vqvae --stage vqvae --steps 4`."""
+    (run,) = (folder / "runs").iterdir()
+    (checkpoint,) = run.glob("checkpoint-*.safetensors")
+    assert run.name == "vqvae-tiny" and {path.name for path in run.iterdir()} == {
+        *("vqvae-tiny.safetensors", "vqvae-tiny.json", "inputs.json", "flight.json"),
         *("frames", "checkpoint.json", checkpoint.name),
     }
-    card = json.loads((folder / "vqvae-tiny.json").read_text(encoding="utf-8"))
-    assert card["steps"] == 6 and card["metrics"] == {"measured by": "0"}
+    card = weights.load(run / "vqvae-tiny.safetensors").card
+    assert card.steps == 4 and card.metrics == {"measured by": "0"}
     first, second = (
-        json.loads((tmp_path / f"seen-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)
+        json.loads((folder / f"seen-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)
     )
-    assert len(first) == len(second) == 6 and len({*first, *second}) == 12
+    assert len(first) == len(second) == 4 and len({*first, *second}) == 8
 
 
 # ---------------------------------------------------------------- who writes
 
 
-def test_one_process_is_the_first(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    assert training.is_first_process() and ranks() == 1
-    for rank, first in (("0", True), ("1", False)):
+def test_without_a_world_size_this_process_is_the_first_and_only_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert training.is_first_process() and num_ranks() == 1
+    for world, rank, first in (("2", "0", True), ("2", "1", False), ("1", "1", True)):
+        monkeypatch.setenv("WORLD_SIZE", world)
         monkeypatch.setenv("RANK", rank)
         assert training.is_first_process() is first
     x = torch.ones(2)
-    assert summed_over_ranks(x) is x and x.tolist() == [1, 1]
+    assert sum_over_ranks(x) is x and x.tolist() == [1, 1]
 
 
 def test_only_the_first_process_claims_a_folder_and_writes_weights(tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    monkeypatch.setattr(recipes, "is_first_process", lambda: False)
-    path = recipes.train_system("vqvae", "tiny", tmp_path, steps=1, progress=False)
+    monkeypatch.setattr(stages, "is_first_process", lambda: False)
+    path = stages.train_stage(STAGES["vqvae"], "tiny", tmp_path, {}, steps=1, progress=False)
     assert path == tmp_path / "vqvae-tiny" / "vqvae-tiny.safetensors" and not path.exists()
-    assert not (path.parent / "learns_from.json").exists()
+    assert not (path.parent / stages.RECORD).exists()
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -523,7 +523,8 @@ def test_weight_decay_acts_on_matrices_only(tmp_path):
 
 def test_training_reduces_the_loss_and_returns_the_model_without_hooks_or_gradients(tmp_path):
     model, before = network(), torch.get_rng_state()
-    result = train(model, make_batch, compute_loss, CONFIG, tmp_path, progress=False)
+    config = replace(CONFIG, steps=60)
+    result = train(model, make_batch, compute_loss, config, tmp_path, progress=False)
     assert torch.equal(torch.get_rng_state(), before)  # the caller's randomness is untouched
     assert result.model is model and not model.training
     assert "forward" not in vars(model) and "_original_forward" not in vars(model)

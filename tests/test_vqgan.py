@@ -1,4 +1,4 @@
-"""Two players on one picture: each learns from its own terms alone, at its own time."""
+"""VQGAN: which losses train generator and discriminator, the adaptive weight, the perceptual term."""
 
 import copy
 import math
@@ -8,32 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from t2ilearn import weights
 from t2ilearn.data import Shapes, TinyShapes
-from t2ilearn.drawing import load_reader
-from t2ilearn.training import TrainConfig, train
-from t2ilearn.vqgan import (
+from t2ilearn.judging.reader import load_reader
+from t2ilearn.models.lpips import VGGTrunk, perceptual_distance
+from t2ilearn.models.transformer import PriorLoss
+from t2ilearn.models.vqgan import (
     DELTA,
     MAX_ADAPTIVE_WEIGHT,
-    VQGAN,
     Discriminator,
     DiscriminatorConfig,
     VQGANLossConfig,
     VQGANWithDiscriminator,
-    VGGTrunk,
     adaptive_weight,
-    hinge_loss,
-    non_saturating_loss,
-    perceptual_distance,
     generator_loss,
+    hinge_loss,
+    last_layer,
+    non_saturating_loss,
     vqgan_loss,
 )
-from t2ilearn.vqvae import VQVAE, VQVAEConfig
+from t2ilearn.models.vqvae import VQVAE, VQVAEConfig
+from t2ilearn.pretrained.lpips import lpips_channel_weights
+from t2ilearn.training import TrainConfig, train
 
 SIZES = VQVAEConfig(
     resolution=16, channels=(8, 16), blocks=1, codebook_size=27, code_dim=3, quantizer="gradient"
 )
-NOW = VQGANLossConfig(start=0.0, warm=0.0)  # the critic is there from the first step
+NOW = VQGANLossConfig(disc_start=0.0, disc_warmup=0.0)  # with the discriminator from step 0
 
 
 def edges(x):
@@ -45,10 +45,10 @@ def distance(x, y):
     return perceptual_distance(edges, x, y)
 
 
-def pair(objective=NOW, config=SIZES) -> VQGANWithDiscriminator:
-    """Both players in float64, always with the same weights."""
+def made(objective=NOW, config=SIZES) -> VQGANWithDiscriminator:
+    """Generator and discriminator in float64, always with the same weights."""
     torch.manual_seed(0)
-    players = VQGANWithDiscriminator(VQGAN(config), Discriminator(DiscriminatorConfig(4, 1)), objective, distance)
+    players = VQGANWithDiscriminator(VQVAE.from_config(config), Discriminator(DiscriminatorConfig(4, 1)), objective, distance)
     return players.double().train()
 
 
@@ -58,7 +58,7 @@ def x(generator):
     return torch.rand(4, 3, 16, 16, generator=generator, dtype=torch.float64) * 2 - 1
 
 
-def moved(loss, module):
+def trained(loss, module):
     """The names of parameters that a loss has a gradient for."""
     names, parameters = zip(*module.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
@@ -66,62 +66,63 @@ def moved(loss, module):
     return {name for name, g in found if g is not None and g.abs().max() > 0}
 
 
-# ---------------------------------------------------------------- who moves whom
+# ---------------------------------------------------------------- which loss trains what
 
 
-def test_no_gradient_crosses_from_one_player_to_the_other(x):
-    players = pair()
+def test_neither_loss_has_gradients_for_the_other_network(x):
+    players = made()
     step = players(x, 0.5)
-    ours = step.total - step.critic
-    assert moved(step.critic, players.critic) and not moved(step.critic, players.generator)
-    assert moved(ours, players.generator) and not moved(ours, players.critic)
+    ours, theirs = step.total - step.discriminator_loss, step.discriminator_loss
+    assert trained(theirs, pair.discriminator) and not trained(theirs, pair.generator)
+    assert trained(ours, pair.generator) and not trained(ours, pair.discriminator)
 
 
-def test_each_term_moves_its_own_part(x):
-    players = pair()
+def test_each_loss_term_has_gradients_for_its_own_part_only(x):
+    players = made()
     step, model = players(x, 0.5), players.generator
     parts = {"encoder": model.encoder, "decoder": model.decoder, "codebook_size": model.quantizer}
     wanted = {
         "pixels": {"encoder", "decoder"},
         "perceptual": {"encoder", "decoder"},
-        "adversarial": {"encoder", "decoder"},
-        "codebook": {"codes"},
-        "commitment": {"encoder"},
+        "generator_loss": {"encoder", "decoder"},
+        "codebook_loss": {"codebook"},
+        "commitment_loss": {"encoder"},
     }
     for term, expected in wanted.items():
-        found = {name for name, part in parts.items() if moved(getattr(step, term), part)}
+        found = {name for name, part in parts.items() if trained(getattr(step, term), part)}
         assert found == expected, term
 
 
-def test_the_adversarial_gradient_is_the_critics_own_opinion_of_the_picture(x):
-    players = pair()
-    drawn = x.clone().requires_grad_()
-    (through,) = torch.autograd.grad(players.critic.with_frozen_weights(drawn).sum(), drawn)
-    (plain,) = torch.autograd.grad(players.critic(drawn).sum(), drawn)
+def test_frozen_weights_leave_the_gradient_of_the_picture_unchanged(x):
+    D, fake = made().discriminator, x.clone().requires_grad_()
+    (through,) = torch.autograd.grad(D.with_frozen_weights(fake).sum(), fake)
+    (plain,) = torch.autograd.grad(D(fake).sum(), fake)
     assert torch.equal(through, plain) and plain.abs().max() > 0
 
 
-def test_the_total_is_the_equation(x):
-    players = pair(VQGANLossConfig(2.0, 0.7, 0.4, start=0.0, warm=0.0))
+def test_the_total_is_the_weighted_sum_of_the_terms(x):
+    players = made(VQGANLossConfig(2.0, 0.7, 0.4, disc_start=0.0, disc_warmup=0.0))
     step = players(x, 0.5)
-    ours = 2.0 * step.pixels + 0.7 * step.perceptual + step.codebook_loss + 0.25 * step.commitment_loss
-    expected = ours + 0.4 * step.weight * step.adversarial + step.critic
+    pictures = 2.0 * step.pixels + 0.7 * step.perceptual
+    ours = pictures + step.codebook_loss + 0.25 * step.commitment_loss
+    gan = 0.4 * step.adaptive_weight * step.generator_loss
+    expected = ours + gan + step.discriminator_loss
     assert torch.allclose(step.total, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("left_out", ["perceptual", "adversarial", "pixels"])
+@pytest.mark.parametrize("left_out", ["perceptual_weight", "disc_weight", "pixel_weight"])
 def test_a_weight_of_0_leaves_a_term_out(x, left_out):
-    players = pair(VQGANLossConfig(**{left_out: 0.0}, start=0.0, warm=0.0))
+    players = made(VQGANLossConfig(**{left_out: 0.0}, disc_start=0.0, disc_warmup=0.0))
     step = players(x, 0.5)
     assert step.total.isfinite()
-    if left_out == "adversarial":
-        assert step.critic == 0 and step.real_logit == 0 and step.weight == 0
-        assert not moved(step.total, players.critic)
-    if left_out == "perceptual":
+    if left_out == "disc_weight":
+        assert step.discriminator_loss == step.logits_real == step.adaptive_weight == 0
+        assert not trained(step.total, pair.discriminator)
+    if left_out == "perceptual_weight":
         assert step.perceptual == 0
 
 
-def test_the_two_critics_losses_are_their_formulae(generator):
+def test_discriminator_and_generator_losses_equal_their_formulae(generator):
     real, fake = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
     hinge = hinge_loss(real, fake)
     assert math.isclose(hinge.real, sum(max(0, 1 - v) for v in real.flatten().tolist()) / 70)
@@ -134,32 +135,32 @@ def test_the_two_critics_losses_are_their_formulae(generator):
     assert torch.allclose(generator_loss(fake, "non-saturating"), F.softplus(-fake).mean())
 
 
-def test_a_critic_that_knows_nothing_has_a_hinge_loss_of_1():
+def test_the_hinge_loss_is_1_for_logits_of_0_and_0_beyond_the_margin():
     assert hinge_loss(torch.zeros(3), torch.zeros(3)).total == 1
     sure = hinge_loss(torch.full((3,), 1.5), torch.full((3,), -1.5))
-    assert sure.total == 0  # once sure enough it stops pushing
+    assert sure.total == 0  # logits beyond ±1 have no gradient
 
 
 # ---------------------------------------------------------------- λ
 
 
-def test_lambda_makes_both_gradients_equally_strong(x):
-    players = pair()
+def test_the_adaptive_weight_equals_the_ratio_of_the_gradient_norms(x):
+    players = made()
     model = players.generator
-    drawn = model(x).reconstruction
-    pictures, opinion = (drawn - x).abs().mean(), generator_loss(players.critic.with_frozen_weights(drawn))
-    weight = adaptive_weight(pictures, opinion, model.last_layer)
+    last, fake = last_layer(model.decoder), model(x).reconstruction
+    pictures = (fake - x).abs().mean()
+    gan = generator_loss(pair.discriminator.with_frozen_weights(fake))
+    weight = adaptive_weight(pictures, gan, last)
     norms = [
-        torch.autograd.grad(term, model.last_layer, retain_graph=True)[0].norm()
-        for term in (pictures, opinion)
+        torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (pictures, gan)
     ]
     assert torch.allclose(weight, norms[0] / (norms[1] + DELTA), rtol=1e-12)
     assert not weight.requires_grad
-    tenth = adaptive_weight(pictures, opinion / 10, model.last_layer)
-    assert tenth > 5 * weight  # a quiet critic is turned up
+    tenth = adaptive_weight(pictures, gan / 10, last)
+    assert tenth > 5 * weight  # a small gradient gets a large weight
 
 
-def test_lambda_stays_finite_where_the_critic_says_nothing():
+def test_the_adaptive_weight_is_finite_without_a_generator_gradient():
     last = torch.ones(2, requires_grad=True)
     assert adaptive_weight(last.sum(), 0 * last.sum(), last) == pytest.approx(
         min(2**0.5 / DELTA, MAX_ADAPTIVE_WEIGHT)
@@ -167,62 +168,65 @@ def test_lambda_stays_finite_where_the_critic_says_nothing():
     assert adaptive_weight(100 * last.sum(), 0 * last.sum(), last) == MAX_ADAPTIVE_WEIGHT
 
 
-def test_lambda_survives_half_precision_where_gradients_are_small():
+def test_the_adaptive_weight_is_correct_for_gradients_below_the_range_of_float16():
     """A mean over many pixels has gradients below float16's smallest number."""
     last = torch.full((4,), 0.5, requires_grad=True)
     tiny = (last.half() * 2.0**-12).mean() * 2.0**-14
     weight = adaptive_weight(last.mean(), tiny, last)
-    quiet = torch.full((4,), 2.0**-28).norm().item()
-    assert weight == pytest.approx(0.5 / (quiet + DELTA), rel=1e-3)
+    small = torch.full((4,), 2.0**-28).norm().item()
+    assert weight == pytest.approx(0.5 / (small + DELTA), rel=1e-3)
 
 
-def test_the_last_layer_is_the_one_that_paints():
-    model = pair().generator
-    assert model.last_layer is model.decoder[-1].weight
+def test_the_last_layer_is_the_last_convolution_of_the_decoder():
+    model = made().generator
+    assert last_layer(model.decoder) is model.decoder[-1].weight
 
 
-def test_a_fixed_weight_is_1(x):
-    assert pair(VQGANLossConfig(adaptive=False, start=0.0, warm=0.0))(x, 0.5).weight == 1
+def test_without_adaptive_the_weight_is_1(x):
+    fixed = VQGANLossConfig(adaptive=False, disc_start=0.0, disc_warmup=0.0)
+    assert made(fixed)(x, 0.5).adaptive_weight == 1
 
 
-# ---------------------------------------------------------------- the critic's entry
+# ---------------------------------------------------------------- when the discriminator starts
 
 
-def test_the_critic_first_learns_alone_and_its_say_then_rises():
-    plan = VQGANLossConfig(start=0.4, warm=0.1)
-    assert [plan.say(p) for p in (0.0, 0.4, 0.49)] == [0, 0, 0]
-    assert plan.say(0.55) == pytest.approx(0.5)
-    assert plan.say(0.6) == pytest.approx(1) and plan.say(1.0) == 1
+def test_disc_factor_is_0_until_the_warmup_ends_and_then_rises_to_1():
+    config = VQGANLossConfig(disc_start=0.4, disc_warmup=0.1)
+    assert [config.disc_factor(p) for p in (0.0, 0.4, 0.49)] == [0, 0, 0]
+    assert config.disc_factor(0.55) == pytest.approx(0.5)
+    assert config.disc_factor(0.6) == pytest.approx(1) and config.disc_factor(1.0) == 1
 
 
-def test_before_its_time_the_critic_neither_learns_nor_speaks(x):
-    players = pair(VQGANLossConfig(start=0.4, warm=0.1))
-    early, alone, late = (players(x, p) for p in (0.39, 0.45, 0.9))
-    assert early.critic == 0 and early.weight == 0 and not moved(early.total, players.critic)
-    assert alone.critic > 0 and alone.adversarial == 0 and moved(alone.total, players.critic)
-    assert late.critic > 0 and late.weight > 0
-    # Data-parallel training waits for a gradient of every weight, even one of 0.
-    gradients = torch.autograd.grad(early.total, players.critic.parameters())
+def test_before_disc_start_the_discriminator_has_no_loss_and_no_weight(x):
+    pair = made(VQGANLossConfig(disc_start=0.4, disc_warmup=0.1))
+    D = pair.discriminator
+    early, alone, late = (pair(x, p) for p in (0.39, 0.45, 0.9))
+    assert early.discriminator_loss == early.adaptive_weight == 0 and not trained(early.total, D)
+    assert alone.discriminator_loss > 0 and alone.generator_loss == 0 and trained(alone.total, D)
+    assert late.discriminator_loss > 0 and late.adaptive_weight > 0
+    # Data-parallel training waits for a gradient of every weight, even a gradient of 0.
+    gradients = torch.autograd.grad(early.total, D.parameters())
     assert all(g.abs().max() == 0 for g in gradients)
 
 
-# ---------------------------------------------------------------- the critic
+# ---------------------------------------------------------------- the discriminator
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_one_logit_sees_one_patch(levels, generator):
-    critic = Discriminator(DiscriminatorConfig(4, levels)).double().eval()
+def test_the_receptive_field_of_one_logit_is_one_patch(levels, generator):
+    discriminator = Discriminator(DiscriminatorConfig(4, levels)).double().eval()
     side = 128
     x = torch.randn(1, 3, side, side, generator=generator, dtype=torch.float64).requires_grad_()
-    logits = critic(x)
+    logits = discriminator(x)
     middle = logits.shape[-1] // 2
     (seen,) = torch.autograd.grad(logits[0, 0, middle, middle], x)
     rows = seen.abs().sum((0, 1, 3)).nonzero()[:, 0]
-    assert rows[-1] - rows[0] + 1 == critic.config.patch == {1: 16, 2: 34, 3: 70}[levels]
+    field = rows[-1] - rows[0] + 1
+    assert field == discriminator.config.patch == {1: 16, 2: 34, 3: 70}[levels]
 
 
-def test_small_pictures_have_no_patches(unchecked):
-    with pytest.raises(ValueError, match=r"sides of 24 at least, not \(1, 3, 16, 16\)"):
+def test_pictures_smaller_than_a_few_patches_are_an_error(unchecked):
+    with pytest.raises(ValueError, match=r"sides of at least 24, not \(1, 3, 16, 16\)"):
         Discriminator(DiscriminatorConfig(4, 3))(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
         Discriminator(DiscriminatorConfig(4, 1))(torch.zeros(1, 1, 16, 16))
@@ -232,17 +236,17 @@ def test_small_pictures_have_no_patches(unchecked):
 # ---------------------------------------------------------------- the perceptual distance
 
 
-def test_the_perceptual_distance_is_zhangs_first_equation(x, generator):
+def test_the_perceptual_distance_equals_equation_1_of_zhang_et_al(x, generator):
     y = torch.rand(x.shape, generator=generator, dtype=torch.float64)
-    heads = [torch.rand(3, generator=generator, dtype=torch.float64) for _ in range(2)]
+    channel_weights = torch.rand(2, 3, generator=generator, dtype=torch.float64).unbind()
     expected = torch.zeros(4, dtype=torch.float64)
-    for a, b, w in zip(edges(x), edges(y), heads, strict=True):
+    for a, b, w in zip(edges(x), edges(y), channel_weights, strict=True):
         for n in range(4):
             for i in range(a.shape[2]):
                 for j in range(a.shape[3]):
                     u, v = (m[n, :, i, j] / m[n, :, i, j].norm() for m in (a, b))
                     expected[n] += (w * (u - v) ** 2).sum() / (a.shape[2] * a.shape[3])
-    assert torch.allclose(perceptual_distance(edges, x, y, heads), expected)
+    assert torch.allclose(perceptual_distance(edges, x, y, channel_weights), expected)
     halves = [torch.full((3,), 0.5, dtype=torch.float64)] * 2
     assert torch.allclose(
         perceptual_distance(edges, x, y), perceptual_distance(edges, x, y, halves)
@@ -250,7 +254,7 @@ def test_the_perceptual_distance_is_zhangs_first_equation(x, generator):
     assert perceptual_distance(edges, x, x).abs().max() == 0
 
 
-def test_the_training_reader_sees_what_pixels_do_not(generator):
+def test_perceptual_distance_and_pixel_distance_rank_noise_and_shift_differently(generator):
     reader = load_reader("reader")
     x = Shapes().test_set("test-full", 8).pictures
     noisy = (x + 0.2 * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
@@ -260,25 +264,26 @@ def test_the_training_reader_sees_what_pixels_do_not(generator):
     assert (noisy - x).abs().mean() > 2 * (shifted - x).abs().mean() and d[0] > d[1]
 
 
-def test_only_vggs_layers_make_a_vgg_trunk():
+def test_a_vgg_trunk_takes_the_layers_of_vgg_16_only():
     torchvision = pytest.importorskip("torchvision")
     with pytest.raises(ValueError, match="not the layers of VGG-16"):
         VGGTrunk(torchvision.models.vgg11(weights=None).features)
     trunk = VGGTrunk(torchvision.models.vgg16(weights=None).features)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     maps = trunk(x)
-    heads = weights.lpips_channel_weights()
-    assert [m.shape[1] for m in maps] == [len(h) for h in heads] == [64, 128, 256, 512, 512]
+    channel_weights = lpips_channel_weights()
+    assert [m.shape[1] for m in maps] == [64, 128, 256, 512, 512]
+    assert [m.shape[1] for m in maps] == [len(w) for w in channel_weights]
     assert not any(p.requires_grad for p in trunk.parameters())
-    d = perceptual_distance(trunk, x, x.flip(3), heads)
+    d = perceptual_distance(trunk, x, x.flip(3), channel_weights)
     assert d.shape == (2,) and (d > 0).all()
 
 
 # ---------------------------------------------------------------- precision
 
 
-def test_under_autocast_losses_and_lambda_stay_in_float32(x):
-    players = pair().float()
+def test_under_autocast_losses_and_adaptive_weight_stay_in_float32(x):
+    players = made().float()
     with torch.autocast("cpu", torch.bfloat16):
         step = players(x.float(), 0.5)
     assert {value.dtype for value in step} == {torch.float32}
@@ -286,9 +291,9 @@ def test_under_autocast_losses_and_lambda_stay_in_float32(x):
     assert all(p.grad.isfinite().all() for p in players.parameters())
 
 
-def test_nothing_changes_its_arguments(x):
-    players, before = pair(), x.clone()
-    players(x, 0.5).total.backward()
+def test_a_training_step_does_not_change_its_pictures(x):
+    pair, before = made(), x.clone()
+    pair(x, 0.5).total.backward()
     assert torch.equal(x, before)
 
 
@@ -296,15 +301,16 @@ def test_nothing_changes_its_arguments(x):
 
 
 @pytest.mark.slow
-def test_two_players_learn_eight_pictures(tmp_path):
+def test_generator_and_discriminator_learn_eight_pictures(tmp_path):
     torch.manual_seed(0)
     pictures = TinyShapes().test_set("test-full", 8).pictures
-    config = VQVAEConfig(32, (16, 32), blocks=1, codebook_size=512, code_dim=3, quantizer="fsq")
+    sizes = {"codebook_size": 512, "code_dim": 3, "quantizer": "fsq"}
+    config = VQVAEConfig(32, (16, 32), blocks=1, **sizes)
     trunk = copy.deepcopy(load_reader("reader")).requires_grad_(False).trunk
     players = VQGANWithDiscriminator(
-        VQGAN(config),
+        VQVAE.from_config(config),
         Discriminator(DiscriminatorConfig(8, 1)),
-        VQGANLossConfig(pixels=4.0, adversarial=0.4, start=0.3, warm=0.1),
+        VQGANLossConfig(4.0, disc_weight=0.4, disc_start=0.3, disc_warmup=0.1),
         lambda x, y: perceptual_distance(trunk, x, y),
     )
     result = train(
@@ -320,13 +326,14 @@ def test_two_players_learn_eight_pictures(tmp_path):
     assert curves["pixels"][-1] < 0.05 < 0.5 < curves["pixels"][0]
     assert curves["perceptual"][-1] < curves["perceptual"][0] / 20
     entry = next(i for i, step in enumerate(curves["step"]) if step > 0.3 * 300)
-    assert max(curves["critic"][: entry - 1]) == 0 < min(curves["critic"][entry + 1 :])
-    assert max(curves["weight"][: entry - 1]) == 0 < curves["weight"][-1]
-    assert curves["real_logit"][-1] > curves["fake_logit"][-1]
+    loss, weight = curves["discriminator_loss"], curves["adaptive_weight"]
+    assert max(loss[: entry - 1]) == 0 < min(loss[entry + 1 :])
+    assert max(weight[: entry - 1]) == 0 < weight[-1]
+    assert curves["logits_real"][-1] > curves["logits_fake"][-1]
 
 
-class Tug(nn.Module):
-    """Two players of one number each, whose gradients differ a thousandfold."""
+class TwoNetworks(nn.Module):
+    """Two networks of one number each, whose gradients differ by a factor of a thousand."""
 
     def __init__(self):
         super().__init__()
@@ -341,20 +348,18 @@ class Tug(nn.Module):
         return self.first(x).mean() * 1e-3 + self.second(x).mean()
 
 
-def test_players_are_clipped_apart(tmp_path):
+def test_gradients_of_two_networks_are_clipped_separately(tmp_path):
     lengths = []
 
     def note(model, batch, step, generator):
         lengths.append([p.grad.norm().item() for p in model.parameters()])
 
     def loss(model, batch, generator):
-        from t2ilearn.prior import PriorLoss
-
         total = model(batch)
         return PriorLoss(total, total)
 
     result = train(
-        Tug(),
+        TwoNetworks(),
         lambda step, generator: torch.ones(1, 1),
         loss,
         TrainConfig(2, 1, gradient_clip=0.1),
@@ -362,7 +367,7 @@ def test_players_are_clipped_apart(tmp_path):
         after_step=note,
         progress=False,
     )
-    assert lengths[0] == pytest.approx([1e-3, 0.1], rel=1e-3)  # the loud one alone is shortened
+    assert lengths[0] == pytest.approx([1e-3, 0.1], rel=1e-3)  # the larger one alone is shortened
     assert result.curves["gradient_norm"][0] == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -370,63 +375,62 @@ def test_players_are_clipped_apart(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "said"),
+    ("pictures", "message"),
     [
-        (torch.zeros(2, 3, 18, 16), "both sides must be multiples of 4, not 18 × 16"),
-        (torch.zeros(2, 1, 16, 16), r"\(B, 3, H, W\)"),
-        (torch.zeros(3, 16, 16), r"\(B, 3, H, W\)"),
+        (torch.zeros(2, 3, 18, 16), r"\(B, 3, 16, 16\)"),
+        (torch.zeros(2, 1, 16, 16), r"\(B, 3, 16, 16\)"),
+        (torch.zeros(3, 16, 16), r"\(B, 3, 16, 16\)"),
         (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "uint8"),
         (torch.full((2, 3, 16, 16), 255.0), "go from 255 to 255. Bytes become pixels"),
         (torch.full((2, 3, 16, 16), math.nan), "go from nan"),
-        (torch.zeros(0, 3, 16, 16), "no picture"),
     ],
 )
-def test_what_is_no_picture_is_refused(unchecked, pictures, said):
-    with pytest.raises(ValueError, match=said):
-        VQGAN(SIZES)(pictures)
+def test_a_vqgan_checks_size_type_and_range_of_its_pictures(unchecked, pictures, message):
+    with pytest.raises(ValueError, match=message):
+        made()(pictures, 0.5)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"pixels": -1.0},
-        {"loss": "wasserstein"},
-        {"start": 1.5},
-        {"warm": -0.1},
+        {"pixel_weight": -1.0},
+        {"gan_loss": "wasserstein"},
+        {"disc_start": 1.5},
+        {"disc_warmup": -0.1},
     ],
 )
-def test_objectives_without_sense_are_refused(wrong):
-    with pytest.raises(ValueError):
+def test_loss_configs_out_of_range_are_an_error(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*{next(iter(wrong.values()))}"):
         VQGANLossConfig(**wrong)
 
 
-def test_critics_without_channels_are_refused():
-    with pytest.raises(ValueError, match="one channel and one level"):
-        DiscriminatorConfig(levels=0)
+def test_a_discriminator_without_levels_is_an_error():
+    with pytest.raises(ValueError, match="one channel and one level, not 64 and 0"):
+        DiscriminatorConfig(num_levels=0)
 
 
-def test_larger_pictures_have_more_codes_and_the_config_s_own_decode(x, unchecked):
-    model = pair().generator.eval()
-    assert model.encode(F.pad(x, (0, 16, 0, 0))).shape[2:] == (4, 8)
+def test_decoded_tokens_equal_the_reconstruction(x, unchecked):
+    model = made().generator.eval()
     indices = model.tokens(x)
     with torch.no_grad():
         assert torch.allclose(model.decode_tokens(indices), model(x).reconstruction)
 
 
-def test_it_is_chapter_twos_model_with_other_manners(x):
-    torch.manual_seed(0)
-    ours = VQGAN(SIZES).double().eval()
+def test_the_generator_is_the_vqvae_of_chapter_2(x):
+    ours = made().generator.eval()
+    assert type(ours) is VQVAE
     theirs = VQVAE.from_config(SIZES).double().eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     with torch.no_grad():
         assert torch.equal(ours(x).reconstruction, theirs(x).reconstruction)
 
 
-def test_the_loss_by_itself_is_the_equation(x):
-    model = pair().generator
+def test_vqgan_loss_equals_its_equation(x):
+    model = made().generator
     output = model(x)
-    seen, opinion = distance(x, output.reconstruction), torch.tensor(0.3, dtype=torch.float64)
-    loss = vqgan_loss(x, output, seen, opinion, 0.5, VQGANLossConfig(2.0, 3.0), beta=0.1)
+    seen, gan = distance(x, output.reconstruction), torch.tensor(0.3, dtype=torch.float64)
+    loss = vqgan_loss(x, output, seen, gan, 0.5, VQGANLossConfig(2.0, 3.0), beta=0.1)
     expected = 2 * (output.reconstruction - x).abs().mean() + 3 * seen.mean() + 0.5 * 0.3
-    expected = expected + output.quantized.codebook_loss + 0.1 * output.quantized.commitment_loss
+    _, _, codebook_loss, commitment_loss = output.quantized
+    expected = expected + codebook_loss + 0.1 * commitment_loss
     assert torch.allclose(loss.total, expected)

@@ -181,13 +181,13 @@ def load_reader(name: str = "reader") -> Reader:
         WeightsError: if its weights are missing or damaged.
     """
     path = weights.find(name)
-    return _loaded(str(path), path.stat().st_mtime_ns)
+    return _loaded(path, weights.read_card(path.with_suffix(".json")).sha256)
 
 
 @lru_cache(maxsize=4)
-def _loaded(path: str, changed: int) -> Reader:
-    """A reader from a file as it was when it last changed, loaded once."""
-    stored = weights.load(Path(path))
+def _loaded(path: Path, sha256: str) -> Reader:
+    """A reader from its file. The digest is part of the key: a retrained reader loads anew."""
+    stored = weights.load(path)
     model = Reader(weights.make_config(ReaderConfig, stored))
     weights.load_into(model, stored)
     return model.eval()

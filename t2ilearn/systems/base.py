@@ -15,15 +15,16 @@ Letters: B pictures, H and W their height and width.
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from t2ilearn.data.grammar import ReadCaption, read_caption
+from t2ilearn.data.interface import CaptionedPictures
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,6 +45,9 @@ Caption = str | tuple[Prompt, ...]  # what one picture shall show
 @dataclass(frozen=True)
 class Options:
     """A system's own sampling options with their defaults; subclasses add fields and checks."""
+
+
+AnyOptions = Options  # its name within `System`, where `Options` is the system's own class
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +76,8 @@ class Request:
 
     @property
     def caption(self) -> str:
-        """The first caption as text."""
-        first = self.captions[0]
-        return first if isinstance(first, str) else " | ".join(p.text for p in first)
+        """What the pictures shall show, as one text: the different captions, one after another."""
+        return "; ".join(dict.fromkeys(as_text(caption) for caption in self.captions))
 
     @property
     def count(self) -> int:
@@ -89,11 +92,26 @@ class Request:
         """
         texts = []
         for caption in self.captions:
-            prompts = (Prompt(caption),) if isinstance(caption, str) else caption
-            if len(prompts) != 1 or prompts[0].weight != 1:
+            text = single_text(caption)
+            if text is None:
                 raise ValueError(f"{self.system} takes one caption a picture, without a weight.")
-            texts += [prompts[0].text] * self.best_of
+            texts += [text] * self.best_of
         return texts
+
+
+def single_text(caption: Caption) -> str | None:
+    """The text of a caption without weights; None if it has several prompts, or a weight."""
+    if isinstance(caption, str):
+        return caption
+    return caption[0].text if len(caption) == 1 and caption[0].weight == 1 else None
+
+
+def as_text(caption: Caption) -> str:
+    """A caption as a person reads it; a prompt's weight follows it, as in "a star: 0.5"."""
+    if isinstance(caption, str):
+        return caption
+    parts = [p.text if p.weight == 1 else f"{p.text}: {p.weight:g}" for p in caption]
+    return " | ".join(parts)
 
 
 class Candidates(NamedTuple):
@@ -158,7 +176,7 @@ class System:
     title: ClassVar[str]
     shows: ClassVar[str] = ""
     chapter: ClassVar[int] = 0
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[AnyOptions]] = AnyOptions
     stages: "ClassVar[tuple[Stage, ...]]" = ()
     also_trains: "ClassVar[tuple[Stage, ...]]" = ()
     worlds: tuple[str, ...] = ()
@@ -195,14 +213,22 @@ class System:
         """What can rerank this system's drawings, by name."""
         return {}
 
-    def default_scorer(self, caption: ReadCaption | None) -> str:
-        """The scorer for drawings of a caption, unless another is asked for."""
+    def default_scorer(self, captions: Sequence[ReadCaption | None]) -> str:
+        """The scorer for drawings of these captions, unless another is asked for; "" for none."""
         return next(iter(self.scorers()), "")
 
     @classmethod
-    def manners(cls) -> dict[str, Options]:
+    def manners(cls) -> dict[str, AnyOptions]:
         """The ways of sampling that evaluation reports, by name; the last is the default one."""
         return {"as drawn": cls.Options()}
+
+    def ceiling(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"] | None:
+        """The best that the system could do for these real pictures; None without such a bound."""
+        return None
+
+    def likelihood(self, world: CaptionedPictures, n: int = 2000) -> dict[str, Any]:
+        """What can be measured in a world whose pictures no judge reads; nothing by default."""
+        return {}
 
     def read(self, caption: str) -> ReadCaption | None:
         """What a caption states in the worlds that the system learned; None where it learned
@@ -214,7 +240,7 @@ class System:
         return read_caption(caption, self.worlds) if self.worlds else None
 
     @classmethod
-    def make_options(cls, **given: Any) -> Options:
+    def make_options(cls, **given: Any) -> AnyOptions:
         """This system's options, some of them changed.
 
         Raises:
@@ -235,32 +261,57 @@ def make_options(kind: type[Options], owner: str, given: Mapping[str, Any]) -> O
     if unknown:
         listed = ", ".join(known) or "none at all"
         raise ValueError(f"{owner} has no option {unknown[0]!r}; its options are: {listed}.")
-    values = {name: _as_number(name, value, known[name].type) for name, value in given.items()}
+    values = {name: _as_kind(name, value, known[name].type) for name, value in given.items()}
     return replace(kind(), **values)
 
 
-def _as_number(name: str, value: Any, kind: Any) -> Any:
-    """A value as the number that an option is: "3" and numpy's numbers too, but no truth value."""
-    wanted, label = str(getattr(kind, "__name__", kind)), name.replace("_", " ")
-    if value is None or wanted.startswith("str"):
-        return value
-    whole = wanted.startswith("int")
+def _as_kind(name: str, value: Any, hint: Any) -> Any:
+    """A value as its option's annotation asks for: int, float, bool or str, or one of them or None.
+
+    "3" and numpy's numbers become numbers too; a truth value does not.
+    """
+    kinds = get_args(hint) or (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(each for each in kinds if each is not type(None))
     try:
+        if kind is str or kind is bool:
+            return _exactly(kind, value)
         if isinstance(value, bool):
             raise TypeError
-        if isinstance(value, str):
-            return int(value) if whole else float(value)
-        return operator.index(value) if whole else float(value)
-    except (TypeError, ValueError):
-        number = "a whole number" if whole else "a number"
-        raise ValueError(f"The {label} must be {number}, not {value!r}.") from None
+        if kind is int:
+            return int(value) if isinstance(value, str) else operator.index(value)
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        names = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+        label = name.replace("_", " ")
+        raise ValueError(f"The {label} must be {names[kind]}, not {shortened(value)}.") from None
+
+
+def _exactly(kind: type, value: Any) -> Any:
+    """A word or a truth value; the command line gives the latter as "true" or "false"."""
+    if kind is bool and value in ("true", "false"):
+        return value == "true"
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+def shortened(value: Any, most: int = 60) -> str:
+    """A value as an error quotes it; Python refuses to print the longest numbers."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} of thousands of digits"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def check_range(name: str, value: float, low: float, high: float, what: str = "") -> None:
     """Raise ValueError if an option is outside [low, high], or NaN."""
     if not low <= value <= high:
         least, most = f"{low:g}", "" if math.isinf(high) else f" … {high:g}"
-        raise ValueError(f"The {name} must be {what or least + (most or ' or more')}, not {value}.")
+        allowed = what or least + (most or " or more")
+        raise ValueError(f"The {name} must be {allowed}, not {shortened(value)}.")
 
 
 def options_text(options: Options) -> str:

@@ -5,7 +5,7 @@ and hold no list of their own.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -130,18 +130,24 @@ def load(name: str | Path | None = None) -> System:
         WeightsError: if weights are missing or damaged, or were trained on top of others.
     """
     source = find(best() if name is None else name)
-    digests = tuple(
-        weights.read_card(path.with_suffix(".json")).sha256 for path in source.files.values()
-    )
-    return _loaded(source.system, tuple(source.files.items()), digests)
+    digests = tuple(_digest(path) for path in source.files.values())
+    return _loaded(source.system.load, tuple(source.files.items()), digests)
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of weights and of the tokenizer of their captions, by their card."""
+    card = weights.read_card(path.with_suffix(".json"))
+    return card.sha256 + (card.tokenizer["sha256"] if card.tokenizer else "")
 
 
 @lru_cache(maxsize=4)
 def _loaded(
-    system: type[System], files: tuple[tuple[str, Path], ...], digests: tuple[str, ...]
+    load_system: Callable[[Mapping[str, Path]], System],
+    files: tuple[tuple[str, Path], ...],
+    digests: tuple[str, ...],
 ) -> System:
     """A system from its files. The digests are part of the key: retrained weights load anew."""
-    return system.load(dict(files))
+    return load_system(dict(files))
 
 
 def names() -> list[str]:
