@@ -1,4 +1,4 @@
-"""The book builds from stored outputs without warnings, and its pages have the expected contents."""
+"""The book builds from stored outputs without warnings, and its pages have what they should."""
 
 import re
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""`make lab` serves chapter 1 on this machine only, behind a token. A signed chapter shows its stored
-widgets there before any cell runs, and is not marked as unsaved."""
+"""`make lab` serves chapter 1 on this machine only, behind a token. A signed chapter shows its
+stored widgets there before any cell runs, and is not marked as unsaved."""
 
 import json
 import os

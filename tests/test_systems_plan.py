@@ -151,7 +151,8 @@ def test_a_stage_trained_by_other_settings_is_not_taken_for_this_one(runs):
 def test_a_prior_over_a_retrained_tokenizer_is_not_done(runs):
     retrained(runs)
     with pytest.raises(TrainingError, match=r"learned from something else \(vqvae\). Remove that"):
-        train_system("vqvae", "tiny", runs, **STEPS)
+        train_system("vqvae", "tiny", runs, stage="prior", **STEPS)
+    assert [s.done for s in steps_of("vqvae", "tiny", runs, steps=4)] == [False, False]
 
 
 def test_a_single_stage_without_its_parents_is_refused_before_the_first_step(tmp_path):
@@ -284,7 +285,7 @@ def test_a_stopped_prior_over_a_retrained_tokenizer_does_not_draw_either(tmp_pat
     with pytest.raises(WeightsError, match="Train the last stage again"):
         load(path.parent)
     with pytest.raises(TrainingError, match="learned from something else"):
-        train_system("vqvae", "tiny", tmp_path, **STEPS)
+        train_system("vqvae", "tiny", tmp_path, stage="prior", **STEPS)
 
 
 def test_a_tokenizer_retrained_while_a_prior_trains_is_noticed(runs, monkeypatch):

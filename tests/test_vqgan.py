@@ -343,7 +343,7 @@ class TwoNetworks(nn.Module):
         self.second = nn.Linear(1, 1, bias=False)
 
     @property
-    def players(self):
+    def networks(self):
         return self.first, self.second
 
     def forward(self, x):

@@ -346,7 +346,7 @@ def test_probabilities_equal_those_of_sample_from_logits(generator, chances):
     for way, p in zip(ways, js("logits", *calls), strict=True):
         wanted = chances(*way)
         close(p, wanted)
-        # A sum of probabilities is 1 up to rounding, so small remainders may fall on either side of it.
+        # A sum of probabilities is 1 up to rounding: small remainders may fall on either side.
         assert [q > 1e-12 for q in p] == (wanted > 1e-12).tolist()
 
 

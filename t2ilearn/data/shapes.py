@@ -423,7 +423,7 @@ class Shapes:
 
         With one of two, which object is named first would say nothing of where it stands, and
         neither would the relation alone: only the two together do. No small step towards learning
-        both at once pays, so a prior stays where it deals the attributes to the objects by lot.
+        both at once pays, so a prior keeps assigning the attributes to the objects at random.
         """
         full, partial = (
             self.captions(part, said=said, generator=generator, reading_order=True)

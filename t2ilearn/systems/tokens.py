@@ -142,7 +142,6 @@ class TokenSystem(System):
             tuple(world for world in worlds if world in WORLDS),
         )
 
-    @torch.no_grad()
     def steps(self, request: Request, generator: torch.Generator) -> Iterator[Tensor]:
         """The picture after every row of tokens; what is not yet drawn is grey."""
         config = self.prior.config
@@ -150,7 +149,7 @@ class TokenSystem(System):
             done = tokens.shape[1]
             if done % config.side == 0:
                 full = F.pad(tokens, (0, config.num_image_tokens - done))
-                pictures = self.tokenizer.decode_tokens(full).clamp(-1, 1)
+                pictures = self._decode(full)
                 pictures[:, :, done // config.side * self.resolution // config.side :] = 0
                 yield pictures
 
@@ -162,8 +161,12 @@ class TokenSystem(System):
     def candidates(self, request: Request, generator: torch.Generator) -> Candidates:
         """Finished pictures with their tokens."""
         *_, tokens = self.draw_tokens(request, generator)
-        pictures = self.tokenizer.decode_tokens(tokens).clamp(-1, 1)
-        return Candidates(pictures, self.read_each(request), tokens)
+        return Candidates(self._decode(tokens), self.read_each(request), tokens)
+
+    @torch.no_grad()
+    def _decode(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b 3 h w"]:
+        """Pictures of tokens, in [−1, 1]."""
+        return self.tokenizer.decode_tokens(tokens).clamp(-1, 1)
 
     def draw_tokens(
         self, request: Request, generator: torch.Generator
