@@ -22,10 +22,15 @@ app = typer.Typer(
 )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True})
 def draw(
-    context: typer.Context,
-    caption: Annotated[str, typer.Argument(help="What to draw, as an English sentence.")],
+    caption: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CAPTION",
+            help="What to draw, as an English sentence in quotes; the system's own options.",
+        ),
+    ],
     system: Annotated[
         str | None,
         typer.Option("--with", help="One of `t2ilearn systems`, or a run's folder; else the best."),
@@ -49,7 +54,7 @@ def draw(
     from t2ilearn import drawing
     from t2ilearn.systems import registry
 
-    caption, options = caption_and_options([caption, *context.args])
+    text, options = caption_and_options(caption)
     how: dict[str, Any] = {
         "system": system,
         "seed": seed,
@@ -62,10 +67,10 @@ def draw(
         raise ValueError(f"There is no option --{name} here; `t2ilearn draw --help` lists them.")
     how |= options
     if finish is None:
-        drawn = drawing.draw(caption, **how)
+        drawn = drawing.draw(text, **how)
     else:
         side = registry.load(system).resolution
-        drawn = drawing.complete(picture_file(finish, side), caption, rows=rows, **how)
+        drawn = drawing.complete(picture_file(finish, side), text, rows=rows, **how)
     _report(drawn, out)
 
 

@@ -137,7 +137,7 @@ def draw(
     Args:
         caption: a sentence of a world that the system learned, e.g. "a small red star above a blue
             ring" or "a dodo, outline, on a sky background"; any caption, if it learned pictures of
-            your own. Systems that take several prompts with weights take a tuple of them (`Prompt`).
+            your own. Systems that take several prompts take a tuple of `Prompt` with weights.
         system: which model draws: one of `t2ilearn systems`, or the folder of a run of yours; by
             default the best that ships.
         seed: the same seed, system and weights give the same pictures on the same machine.

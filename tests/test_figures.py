@@ -136,9 +136,9 @@ def test_figures_are_shown_once_and_on_any_ground():
 
 def test_source_is_shown_as_it_runs():
     text = show_source(sample_from_logits, TransformerPrior._mask).data
-    assert text.startswith("```python\n# t2ilearn/prior.py\ndef sample_from_logits(")
+    assert text.startswith("```python\n# t2ilearn/models/sampling.py\ndef sample_from_logits(")
     assert text.endswith("\n```") and text.count("```") == 2
-    assert "Draw one code a row" in text and "\ndef _mask(self" in text
+    assert "Sample one token a row" in text and "\ndef _mask(self" in text
 
 
 def test_source_without_docstrings_still_runs():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from t2ilearn.metrics import (
+from t2ilearn.judging.metrics import (
     bootstrap,
     codebook_usage,
     frechet_distance,
@@ -110,7 +110,7 @@ def test_the_kernel_distance_is_its_sum_over_pairs():
     assert kernel_distance(real, fake) == pytest.approx(expected, rel=1e-10)
 
 
-def test_two_heaps_have_the_kernel_distance_of_two_points():
+def test_repeated_points_have_the_kernel_distance_of_two_points():
     real, fake = torch.tensor([[1.0, 1.0]]).repeat(4, 1), torch.tensor([[-1.0, 1.0]]).repeat(6, 1)
     assert kernel_distance(real, fake) == pytest.approx(2 * 2**3 - 2 * 1, abs=1e-12)
 
@@ -152,7 +152,7 @@ def test_lost_modes_cost_recall_and_invented_ones_precision():
     assert precision_recall(two, two.flip(0)) == (1, 1)
 
 
-def test_larger_balls_cover_more():
+def test_a_larger_k_covers_more():
     real, fake = normal(60, 4, 1), 1.3 * normal(60, 4, 2) + 0.5
     values = [precision_recall(real, fake, k) for k in (1, 3, 8, 20)]
     assert all(a.precision < b.precision for a, b in zip(values, values[1:], strict=False))
@@ -203,7 +203,7 @@ def test_features_that_are_not_finite_are_refused(metric, bad):
 
 @of_sets
 @pytest.mark.parametrize("shape", [(1, 3), (0, 3), (20,), (20, 3, 1)])
-def test_what_are_no_features_is_refused(unchecked, metric, shape):
+def test_tensors_of_another_shape_than_features_are_refused(unchecked, metric, shape):
     with pytest.raises(ValueError, match=r"The real features must have shape \(N, D\)"):
         metric(torch.zeros(shape), normal(20, 3))
     with pytest.raises(ValueError, match=r"The fake features must have shape \(N, D\)"):
@@ -216,7 +216,7 @@ def test_features_of_different_extractors_are_refused(unchecked, metric):
         metric(normal(20, 3), normal(20, 4))
 
 
-def test_balls_need_more_points_than_neighbours():
+def test_k_nearest_neighbours_need_more_points_than_k():
     with pytest.raises(ValueError, match=r"N ≥ 6, not \(5, 3\)"):
         precision_recall(normal(5, 3), normal(20, 3), k=5)
     with pytest.raises(ValueError, match=r"N ≥ 6, not \(5, 3\)"):
@@ -225,15 +225,15 @@ def test_balls_need_more_points_than_neighbours():
 
 
 @pytest.mark.parametrize("k", [0, -1])
-def test_balls_without_neighbours_are_refused(k):
+def test_a_k_below_one_is_refused(k):
     with pytest.raises(ValueError, match="k must be"):
         precision_recall(normal(20, 3), normal(20, 3, 1), k=k)
 
 
-# ---------------------------------------------------------------- codes
+# ---------------------------------------------------------------- indices
 
 
-def test_usage_and_perplexity_of_known_codes():
+def test_usage_and_perplexity_of_known_indices():
     equal = torch.arange(8).repeat(3).view(2, 3, 4)
     assert codebook_usage(equal, 8) == 1 and perplexity(equal, 8) == pytest.approx(8)
     assert codebook_usage(equal, 16) == 0.5 and perplexity(equal, 16) == pytest.approx(8)
@@ -251,10 +251,10 @@ def test_perplexity_is_of_the_whole_set_and_not_a_mean_over_parts():
 
 
 @pytest.mark.parametrize("measure", [codebook_usage, perplexity])
-@pytest.mark.parametrize("codes", [[0, 4], [-1, 2], []])
-def test_codes_that_no_codebook_has_are_refused(measure, codes):
-    with pytest.raises(ValueError, match="Codes must be 0 … 3, and at least one"):
-        measure(torch.tensor(codes, dtype=torch.int64), 4)
+@pytest.mark.parametrize("indices", [[0, 4], [-1, 2], []])
+def test_indices_that_no_codebook_has_are_refused(measure, indices):
+    with pytest.raises(ValueError, match="Indices must be 0 … 3, and at least one"):
+        measure(torch.tensor(indices, dtype=torch.int64), 4)
 
 
 # ---------------------------------------------------------------- PSNR
@@ -338,7 +338,7 @@ def test_a_bootstrap_repeats_with_its_seed_and_changes_nothing():
 @pytest.mark.parametrize(
     "sets, rounds", [([], 20), ([(5, 3), (0, 3)], 20), ([(5, 3)], 1), ([(5, 3)], 0)]
 )
-def test_nothing_to_resample_is_refused(sets, rounds, generator):
+def test_a_bootstrap_of_no_or_empty_sets_is_refused(sets, rounds, generator):
     sets = [torch.zeros(shape) for shape in sets]
     with pytest.raises(ValueError, match="at least one set, none of them empty, and two rounds"):
         bootstrap(lambda *_: 0.0, *sets, generator=generator, rounds=rounds)
@@ -373,7 +373,7 @@ def test_without_weights_and_download_inception_says_what_to_do(monkeypatch, tmp
         inception_features(download=True)
 
 
-def test_inception_sees_pictures_as_it_was_trained_to(monkeypatch, tmp_path):
+def test_inception_gets_pictures_in_the_range_it_was_trained_on(monkeypatch, tmp_path):
     import torchvision
 
     torch.manual_seed(0)

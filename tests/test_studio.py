@@ -9,7 +9,8 @@ from PIL import Image
 import t2ilearn
 from t2ilearn import studio as module
 from t2ilearn.data import TinyShapes, parse
-from t2ilearn.drawing import SYSTEMS, redraw
+from t2ilearn.drawing import redraw
+from t2ilearn.systems import registry
 
 TINY = "vqvae-tiny"
 
@@ -40,10 +41,10 @@ def test_the_name_calls_however_it_is_imported(code):
     assert done.returncode == 0, done.stderr
 
 
-def test_every_system_is_offered_and_the_first_is_chosen():
+def test_every_system_is_offered_and_the_best_is_chosen():
     made = t2ilearn.studio()
-    assert tuple(made.system.options) == tuple(SYSTEMS)
-    assert made.system.value == next(iter(SYSTEMS))
+    assert tuple(made.system.options) == tuple(registry.names())
+    assert made.system.value == registry.best()
 
 
 def test_draw_shows_pictures_and_a_verdict(studio):
@@ -56,7 +57,7 @@ def test_draw_shows_pictures_and_a_verdict(studio):
     assert not studio.save_button.disabled and not studio.draw_button.disabled
 
 
-def test_seed_and_count_are_obeyed(studio):
+def test_seed_and_count_decide_the_pictures(studio):
     seen = []
     for seed in (1, 1, 2):
         studio.seed.value = seed
@@ -85,7 +86,7 @@ def test_surprise_takes_captions_from_any_world_the_system_learned(studio, monke
         def mixed_captions(self, scenes, generator):
             return ["a fox"] * len(scenes)
 
-    monkeypatch.setattr(module, "load_system", lambda name: Learned)
+    monkeypatch.setattr(module.registry, "load", lambda name: Learned)
     monkeypatch.setitem(module.WORLDS, "foxes", Foxes)
     captions = []
     for _ in range(12):
@@ -95,8 +96,8 @@ def test_surprise_takes_captions_from_any_world_the_system_learned(studio, monke
 
 
 def test_every_world_that_a_shipped_system_learned_is_known():
-    for name in SYSTEMS:
-        assert set(module.load_system(name).worlds) <= set(module.WORLDS)
+    for name in registry.names():
+        assert set(registry.load(name).worlds) <= set(module.WORLDS)
     assert "emoji" in module.WORLDS
 
 
@@ -149,7 +150,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence_too(studio):
     assert "kept" in studio.message.value and not studio.save_button.disabled
 
 
-def test_an_error_without_words_gets_some(studio, monkeypatch):
+def test_an_error_without_a_message_gets_one(studio, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError
 

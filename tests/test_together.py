@@ -34,8 +34,14 @@ def seeded(seed=0):
 
 
 @pytest.fixture(scope="module")
-def both():
-    return Together((Shapes(), Emoji()))
+def emoji():
+    """Made once, since it reads archives."""
+    return Emoji()
+
+
+@pytest.fixture(scope="module")
+def both(emoji):
+    return Together((Shapes(), emoji))
 
 
 def test_it_is_a_world(both):
@@ -45,8 +51,8 @@ def test_it_is_a_world(both):
 
 
 @pytest.mark.parametrize("turns, shares", [(None, (6, 6)), ((0, 1, 1), (4, 8)), ((1, 0), (6, 6))])
-def test_the_worlds_take_turns(turns, shares):
-    world = Together((Shapes(), Emoji()), turns)
+def test_the_worlds_take_turns(emoji, turns, shares):
+    world = Together((Shapes(), emoji), turns)
     scenes = world.scenes(12, generator=seeded())
     cycle = list(turns or (0, 1))
     assert scenes[:, 0].tolist() == cycle * (12 // len(cycle))
@@ -62,7 +68,9 @@ def test_each_scene_goes_to_its_own_world(both):
     assert torch.equal(found[1::2], emoji.pictures(scenes[1::2, 1:4], generator))
     said = both.mixed_captions(scenes, seeded(3))
     for row, caption in enumerate(said):
-        assert isinstance(read_caption(caption, [both.worlds[row % 2].name]), object)
+        assert read_caption(caption, [both.worlds[row % 2].name]).world is type(
+            both.worlds[row % 2]
+        )
     rest = both.pictures(scenes[1::2], seeded(2))  # of one world alone
     assert torch.equal(rest, emoji.pictures(scenes[1::2, 1:4], seeded(2)))
 
@@ -70,24 +78,28 @@ def test_each_scene_goes_to_its_own_world(both):
 def test_samples_and_captions_belong_together(both):
     batch = both.sample(6, generator=seeded(4))
     assert batch.pictures.shape == (6, 3, 64, 64) and batch.pictures.abs().max() <= 1
-    assert all(isinstance(read_caption(c, ["shapes"]), Stated) for c in batch.captions[0::2])
-    assert all(isinstance(read_caption(c, ["emoji"]), StatedEmoji) for c in batch.captions[1::2])
+    for world, kind, part in (
+        ("shapes", Stated, slice(0, 6, 2)),
+        ("emoji", StatedEmoji, slice(1, 6, 2)),
+    ):
+        stated = [read_caption(caption, [world]).stated for caption in batch.captions[part]]
+        assert all(isinstance(each, kind) for each in stated)
 
 
-def test_test_sets_are_the_worlds_own_and_one_mixed(both):
+def test_test_sets_are_the_worlds_own_and_one_mixed(both, emoji):
     assert both.test_sets[0] == "mixed"
     assert {"shapes: test-full", "shapes: composition", "emoji: held-out"} < set(both.test_sets)
-    own = Emoji().test_set("held-out", 3)
+    own = emoji.test_set("held-out", 3)
     there = both.test_set("emoji: held-out", 3)
     assert torch.equal(own.pictures, there.pictures) and own.captions == there.captions
     mixed = both.test_set("mixed", 5)
     assert torch.equal(mixed.pictures[0::2], Shapes().test_set("test-full", 3).pictures)
-    assert mixed.captions[1::2] == Emoji().test_set("seen", 2).captions
+    assert mixed.captions[1::2] == emoji.test_set("seen", 2).captions
     with pytest.raises(ValueError, match="Unknown test set"):
         both.test_set("test-full")
 
 
-def test_bad_worlds_and_scenes_are_refused(both):
+def test_bad_worlds_and_scenes_are_refused(both, emoji):
     with pytest.raises(ValueError, match="none at all"):
         Together(())
     with pytest.raises(ValueError, match="one resolution"):
@@ -95,7 +107,7 @@ def test_bad_worlds_and_scenes_are_refused(both):
     with pytest.raises(ValueError, match="a name each"):
         Together((Shapes(), Shapes()))
     with pytest.raises(ValueError, match="needs its turns"):
-        Together((Shapes(), Emoji()), (0, 0))
+        Together((Shapes(), emoji), (0, 0))
     with pytest.raises(ValueError, match="number of a world"):
         both.pictures(torch.full((2, 12), 7), seeded())
 
@@ -104,12 +116,13 @@ def test_bad_worlds_and_scenes_are_refused(both):
 
 
 def test_a_caption_is_read_in_its_own_world():
-    assert read_caption("a small red star").objects[0].colour == "red"
+    star = read_caption("a small red star")
+    assert star.stated.objects[0].colour == "red" and star.text == "a small red star"
     dodo = read_caption("a dodo, outline, on a sky background")
-    assert dodo == StatedEmoji("dodo", "outline", "sky")
-    assert isinstance(read_caption("a star"), Stated)  # either world could read it
-    assert read_caption("a star, glossy") == StatedEmoji("star", "glossy")
-    assert isinstance(read_caption("a star", ["emoji"]), StatedEmoji)
+    assert dodo.stated == StatedEmoji("dodo", "outline", "sky") and dodo.world is Emoji
+    assert isinstance(read_caption("a star").stated, Stated)  # either world could read it
+    assert read_caption("a star, glossy").stated == StatedEmoji("star", "glossy")
+    assert isinstance(read_caption("a star", ["emoji"]).stated, StatedEmoji)
 
 
 @pytest.mark.parametrize(
@@ -154,12 +167,12 @@ def test_the_shared_tokenizer_is_what_the_tool_learns():
     assert shipped["merges"] == learned["merges"] and shipped["vocab"] == learned["vocab"]
 
 
-def test_every_caption_of_both_grammars_fits():
+def test_every_caption_of_both_grammars_fits(emoji):
     tokenizer = CaptionTokenizer.shared()
     assert tokenizer.vocabulary == 1024 and tokenizer.length == SHARED_LENGTH
     longest = [
         describe_emoji(phrase, "outline", "black", form)
-        for phrases in Emoji().phrases
+        for phrases in emoji.phrases
         for phrase in phrases
         for form in range(TEMPLATES)
     ]
@@ -176,16 +189,14 @@ def test_the_words_of_shapes_stay_whole():
 # --- what the second world cost the first -------------------------------------------------------
 
 
-def test_the_readme_holds_what_is_left_of_shapes_against_models_of_shapes_alone():
-    """In the order in which it tells: copies then, drawings then, copies now, drawings now."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    told = readme.split("What the second world cost the first")[1].split("\n\n")[0]
-    then, now = (
-        re.findall(r"\d+\.\d ± \d\.\d %", told)[:2],
-        re.findall(r"\d+\.\d ± \d\.\d %", told)[2:],
-    )
-    measured = [("vqvae-book", "judge on reconstructions"), ("prior-book", "test-full, as drawn")]
-    for (name, metric), before, after in zip(measured, then, now, strict=True):
+def test_the_cards_hold_what_is_left_of_shapes_against_models_of_shapes_alone():
+    """Reconstructions lost a few points with the second world, and drawings at most three."""
+    measured = {"vqvae-book": "judge on reconstructions", "prior-book": "test-full, as drawn"}
+    lost = {}
+    for name, metric in measured.items():
         card = weights.load(name).card
-        assert before in card["note"] and after == weights.figure(card["metrics"][metric])
-    assert float(then[1].split()[0]) - float(now[1].split()[0]) <= 3
+        if "shapes alone" not in card.note:
+            pytest.skip(f"{name} was trained on both worlds from the start")
+        before = re.search(r"shapes alone.*?(\d+\.\d) ± \d\.\d %", card.note)
+        lost[name] = float(before[1]) - 100 * card.metrics[metric]["value"]
+    assert 0 < lost["vqvae-book"] < 10 and lost["prior-book"] <= 3

@@ -24,9 +24,7 @@ CHUNK = 250  # pictures that a reader is shown at once
 Facts = list[tuple[int, int]]  # (column, value)
 
 
-def facts_of(
-    captions: Sequence[str | ReadCaption], world: WorldClass = Shapes
-) -> list[Facts]:
+def facts_of(captions: Sequence[str | ReadCaption], world: WorldClass = Shapes) -> list[Facts]:
     """What each caption states. Every distinct caption is parsed once.
 
     Args:

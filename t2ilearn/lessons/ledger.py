@@ -13,121 +13,18 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from t2ilearn.lessons.exercises import words
+
 NAMES = {"quantizer": "codebook"}  # what the book calls a part, where the code says otherwise
 ORDER = ("encoder", "codebook", "decoder")  # the order of the forward pass; others follow
 FREE = "it has no parameters, so no term can move it; if it changes, then in the forward pass"
 
-# Reasons that autograd cannot know, by the terms' class, the term and the part: whether it moves
-# as a rule, and why. They are not given where a model breaks the rule.
-REASONS: dict[str, dict[tuple[str, str], tuple[bool, str]]] = {
-    "VQVAELoss": {
-        ("reconstruction", "encoder"): (
-            True,
-            "the straight-through estimator copies the gradient at z_q to z",
-        ),
-        ("reconstruction", "codebook"): (
-            False,
-            "the straight-through estimator bypasses the codebook: in z + (e − z).detach() the "
-            "code vector e is a constant",
-        ),
-        ("reconstruction", "decoder"): (True, "x̂ is the decoder's output"),
-        ("codebook_loss", "encoder"): (
-            False,
-            "z is detached in this term, so that only the code vectors move",
-        ),
-        ("codebook_loss", "codebook"): (
-            True,
-            "by gradient, this term alone pulls code vectors to their encodings",
-        ),
-        ("codebook_loss", "decoder"): (False, "the term compares z with e; no pixel is in it"),
-        ("commitment_loss", "encoder"): (True, "this term moves z to its code vector"),
-        ("commitment_loss", "codebook"): (
-            False,
-            "e is detached in this term, so that only the encoder moves",
-        ),
-        ("commitment_loss", "decoder"): (False, "the term compares z with e; no pixel is in it"),
-    }
-}
-_WITHOUT = "it is computed without the discriminator"
-_OF_THE_PICTURE = {
-    "encoder": (
-        True,
-        "x̂ depends on z, and the straight-through estimator copies the gradient at z_q to z",
-    ),
-    "codebook": (
-        False,
-        "the straight-through estimator bypasses the codebook, for every loss of x̂",
-    ),
-    "decoder": (True, "x̂ is the decoder's output"),
-}
-# Generator and discriminator of a VQGAN: each term of x̂ moves encoder and decoder, and no term
-# moves both networks.
-REASONS["VQGANStep"] = {
-    **{
-        (term, part): why
-        for term in ("pixels", "perceptual", "generator_loss")
-        for part, why in _OF_THE_PICTURE.items()
-    },
-    **{place: why for place, why in REASONS["VQVAELoss"].items() if place[0] != "reconstruction"},
-    **{
-        (term, "discriminator"): (False, _WITHOUT)
-        for term in ("pixels", "perceptual", "codebook_loss", "commitment_loss")
-    },
-    ("generator_loss", "discriminator"): (
-        False,
-        "the discriminator's weights are held constant in this term, or it would learn to give "
-        "high logits to every reconstruction",
-    ),
-    **{
-        ("discriminator_loss", part): (False, "x̂ is detached before the discriminator gets it here")
-        for part in ("encoder", "codebook", "decoder")
-    },
-    ("discriminator_loss", "discriminator"): (
-        True,
-        "by this term alone it learns to distinguish real pictures from reconstructions",
-    ),
-}
-REASONS["VQGANLoss"] = REASONS["VQGANStep"]  # the model's share of it
-REASONS["DVAELoss"] = {
-    ("reconstruction", "encoder"): (
-        True,
-        "the Gumbel-softmax sample y depends on the logits, and x̂ on y",
-    ),
-    ("reconstruction", "codebook"): (True, "the decoder's input is a mixture of the code vectors"),
-    ("reconstruction", "decoder"): (True, "μ and ln b are the decoder's outputs"),
-    ("kl", "encoder"): (True, "it pulls the logits towards equal values"),
-    ("kl", "codebook"): (
-        False,
-        "it depends on the tokens' probabilities and not on the code vectors",
-    ),
-    ("kl", "decoder"): (False, "no pixel is in it"),
-}
-_INPUT = "it is part of the input of every later prediction"
-REASONS["DALLELoss"] = {
-    ("text", "text_embedding"): (
-        True,
-        "this one table embeds the text tokens and scores the next one",
-    ),
-    ("text", "image_embedding"): (
-        False,
-        "image tokens come after all text tokens, and attention is causal",
-    ),
-    ("text", "places"): (False, "the image tokens' positions come after all text tokens"),
-    ("text", "padding"): (False, "what follows a caption's end is not counted in this term"),
-    ("image", "text_embedding"): (True, _INPUT),
-    ("image", "image_embedding"): (
-        True,
-        "this one table embeds the image tokens and scores the next one",
-    ),
-    ("image", "places"): (True, _INPUT),
-    ("image", "padding"): (True, "no mask hides the padding vectors from image tokens"),
-    **{(t, "blocks"): (True, "every prediction passes through them") for t in ("text", "image")},
-}
 READINGS = {"total", "adaptive_weight", "logits_real", "logits_fake"}  # sums and readings
 
 
@@ -276,6 +173,24 @@ class Ledger:
         )
 
 
+@cache
+def reasons_for(loss: str) -> dict[tuple[str, str], tuple[bool, str]]:
+    """Whether each term of a loss moves each part as a rule, and why: from the lessons' words.
+
+    Args:
+        loss: the name of the loss's class, such as "VQVAELoss". One that no chapter explains has
+            no reasons.
+    """
+    return {
+        (term, part): (row["moves"], row["why"])
+        for chapter in range(1, 100)
+        for row in words(chapter).get("reason", ())
+        if loss in row["loss"]
+        for term in row["term"]
+        for part in row["part"]
+    }
+
+
 def parts_of(model: nn.Module) -> dict[str, list[Tensor]]:
     """A model's parts by the book's names: its children, and "own" for what belongs to none.
 
@@ -311,7 +226,8 @@ def ledger(
         model: the model whose output the terms were computed from.
         terms: a loss function's NamedTuple of scalars; `READINGS`, such as `total`, are left out.
         parts: modules, or lists of parameters, by name; by default `parts_of(model)`.
-        reasons: whether and why, by (term, part); by default `REASONS` of the terms' class.
+        reasons: whether and why, by (term, part); by default those of the
+            chapter that explains the terms.
 
     Raises:
         ValueError: if a term is no scalar, or there is none.
@@ -329,7 +245,7 @@ def ledger(
         for term in names
         for part, parameters in groups.items()
     }
-    known = REASONS.get(type(terms).__name__, {}) if reasons is None else reasons
+    known = reasons_for(type(terms).__name__) if reasons is None else reasons
     return Ledger(names, tuple(groups), cells, known)
 
 

@@ -18,7 +18,7 @@ from t2ilearn.data.captions import words_of
 from t2ilearn.models.layers import Attention
 from t2ilearn.models.tokens import PAD, null_caption
 from t2ilearn.models.transformer import Prior
-from t2ilearn.systems import System
+from t2ilearn.systems.tokens import TokenSystem
 from t2ilearn.training.flight import contact_sheet
 from t2ilearn.widgets.base import Widget, joined, listed, numbers, points
 from t2ilearn.widgets.pictures import data_uri
@@ -152,7 +152,7 @@ def _weights(
 
 @torch.no_grad()
 def record_drawing(
-    system: System,
+    system: TokenSystem,
     caption: str,
     tokens: Int[Tensor, " n"],
     guidance_scale: float = 1.0,
@@ -172,7 +172,7 @@ def record_drawing(
         ValueError: for other numbers of tokens or other layers than the prior has.
         CaptionError: for a caption that the tokenizer cannot encode.
     """
-    model = system.parts["prior"]
+    model = system.prior
     depth, n = model.config.num_layers, model.config.num_image_tokens
     layers = sorted({depth // 2, depth - 1}) if layers is None else list(layers)
     if len(tokens) != n or not set(layers) <= set(range(depth)) or not layers:
@@ -202,7 +202,7 @@ def record_drawing(
     }
 
 
-def _readable(system: System, caption: str) -> list[str]:
+def _readable(system: TokenSystem, caption: str) -> list[str]:
     """The text of each id of a caption; a piece that continues a word begins with a dot."""
     if not isinstance(system.text_tokenizer, CaptionTokenizer):
         return [*words_of(caption), "end"]
@@ -227,12 +227,12 @@ def _packed(weights: Float[Tensor, "s s"], n: int, text: int, length: int) -> st
     return base64.b64encode(bytes(roots.tolist())).decode("ascii")
 
 
-def _canvases(system: System, tokens: Int[Tensor, " n"]) -> Image.Image:
+def _canvases(system: TokenSystem, tokens: Int[Tensor, " n"]) -> Image.Image:
     """The picture after 0 … N tokens, the rest grey: row by row, no fewer columns than rows.
 
     The decoder needs all tokens, so it gets the first one wherever none is sampled yet.
     """
-    decoder = system.parts["tokenizer"]
+    decoder = system.tokenizer
     n, side = len(tokens), decoder.config.side
     known = torch.ones(n + 1, n, dtype=torch.bool, device=tokens.device).tril(-1)
     pictures = decoder.decode_tokens(torch.where(known, tokens, tokens[0]))
