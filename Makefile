@@ -16,6 +16,7 @@ LAB_OPTIONS = --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) \
   --LabApp.default_url=/lab/tree/notebooks/01_pictures.ipynb \
   $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+LABS := $(filter %_lab.ipynb,$(NOTEBOOKS))
 export CAPTION
 
 .PHONY: help lab test book draw notebooks train bench check format clean
@@ -92,9 +93,10 @@ format: $(VENV)/.has-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# tests/test_colab.py executes the reading chapters, by nbval too.
 test: check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --nbval --nbval-current-env \
-	  --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 120 tests $(NOTEBOOKS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=40 --nbval --nbval-current-env \
+	  --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 120 tests $(LABS)
 
 book: $(VENV)/.has-book
 	$(BIN)/jupyter-book build . -W -n --keep-going

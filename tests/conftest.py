@@ -167,6 +167,13 @@ def headless_browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """One browser for the tests of a file."""
+    with headless_browser() as browser:
+        yield browser
+
+
 # A small notebook with what a chapter's widgets need: one script, keyboard, a linked slider.
 TOY_CELL = """
 import anywidget

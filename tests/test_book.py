@@ -76,18 +76,3 @@ def test_stale_outputs_are_reported_with_the_reason(tmp_path, monkeypatch):
     assert run_notebooks.stale(notebook) == "other weights ship now: toy"
     notebook.cells[0].source = "1 + 2"
     assert "its code has changed" in run_notebooks.stale(notebook)
-
-
-@pytest.mark.slow
-def test_a_chapter_with_widgets_is_stored_with_the_same_bytes_twice(store_toy, tmp_path):
-    seen = []
-    for name in ("once", "twice"):
-        (tmp_path / name).mkdir()
-        store_toy(tmp_path / name / "toy.ipynb")
-        seen.append((tmp_path / name / "toy.ipynb").read_bytes())
-    assert seen[0] == seen[1]
-    stored = nbformat.reads(seen[0].decode(), as_version=4)
-    (state,) = stored.metadata.widgets.values()
-    names = {model["model_name"] for model in state["state"].values()}
-    assert {"AnyModel", "IntSliderModel", "LinkModel"} <= names
-    assert all(re.fullmatch("0{24}[0-9a-f]{8}", name) for name in state["state"])

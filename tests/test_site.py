@@ -1,7 +1,8 @@
 """The built pages in a browser: nothing from elsewhere, no errors, for every reader and window.
 
-Every page is opened over http and from its file. A chapter's stored widgets are drawn and answer to
-mouse and keyboard with no kernel behind them.
+Every page is opened once over http and once from its file. The tests of a page share these two
+visits: what a page requests, axe, contrast, a narrow window, and a chapter's stored widgets, which
+are drawn and answer to mouse and keyboard with no kernel behind them.
 """
 
 import functools
@@ -17,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import conftest
+import page_scripts
 import pytest
 import yaml
 
@@ -28,19 +30,13 @@ TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 ENTRIES = [entry for part in TOC["parts"] for entry in part["chapters"]]
 ENTRIES += [section for entry in ENTRIES for section in entry.get("sections", [])]
 LISTED = [TOC["root"], *(entry["file"] for entry in ENTRIES)]
-NAMES = [*LISTED, "genindex", "py-modindex", "search"]
+CHAPTERS = [name for name in LISTED if name.startswith("notebooks/")]
+# Chapters first, so that a page has one place in both lists and its tests follow one another.
+NAMES = [*CHAPTERS, *(n for n in LISTED if n not in CHAPTERS), "genindex", "py-modindex", "search"]
 MEGABYTES_A_PAGE = 3
 # The theme sets a constant twice; the widgets' script has a remark on its own schema.
 HARMLESS = ("'THEBE_JS_URL' has already been declared", "use allowUnionTypes")
 COMPRESSED = {".html", ".css", ".js", ".json", ".svg"}  # as a host of static pages sends them
-# A chapter's code has the colours of own_pictures', and the API page's thousands of signatures have
-# those of the first two in each part: judged one by one they would take axe most of a minute.
-AXE = """axe.run(
-  {exclude: [".cell_input", "section > .py ~ .py ~ .py > dt.sig", "dl.py dl.py > dt.sig"]},
-  {preload: false, resultTypes: ["violations"], ...OPTIONS}
-)"""
-COLOURS = """{runOnly: ["color-contrast", "link-in-text-block"]}"""  # all that the dark changes
-STILL = "* { transition: none !important; animation: none !important; }"
 
 
 # ---------------------------------------------------------------- scripts of other projects
@@ -84,12 +80,6 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with conftest.headless_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def serve():
     """A function from a folder to its address over http, on this machine."""
     servers = []
@@ -126,6 +116,7 @@ class Visit:
     """A page opened in a fresh profile, and what it said and asked for."""
 
     def __init__(self, browser, address: str, name: str, **options):
+        self.address, self.name = address, name
         self.page = browser.new_context(**options).new_page()
         self.said, self.asked, self.failed = [], [], []
         self.page.on("console", self._listen)
@@ -146,6 +137,14 @@ class Visit:
         """Requests to anything but the site; data and blobs are parts of the page itself."""
         return [u for u in self.asked if not u.startswith((address, "data:", "blob:"))]
 
+    def show_in(self, scheme: str) -> None:
+        """Show the page in light or dark, at once: colours that fade in are judged half-way."""
+        self.page.emulate_media(color_scheme=scheme)
+        if not self.page.evaluate("Boolean(window.t2iStill)"):
+            self.page.add_style_tag(content=page_scripts.STILL)
+            self.page.evaluate("window.t2iStill = true")
+        self.page.wait_for_function(f"document.documentElement.dataset.theme == '{scheme}'")
+
     def __enter__(self):
         return self
 
@@ -160,78 +159,78 @@ def bytes_sent(path: Path) -> int:
     return len(gzip.compress(data, 6)) if path.suffix in COMPRESSED else len(data)
 
 
+@pytest.fixture(scope="module")
+def over_http(browser, addresses, request):
+    """The visit of a page over http."""
+    with Visit(browser, addresses["http"], request.param) as visit:
+        yield visit
+
+
+@pytest.fixture(scope="module")
+def from_file(browser, addresses, request):
+    """The visit of a page from its file, which the tests of that page share."""
+    with Visit(browser, addresses["file"], request.param) as visit:
+        yield visit
+
+
+def check_load(visit: Visit, pages: Path) -> None:
+    """Everything that the page asks for arrives, comes from the site, and is small."""
+    visit.page.wait_for_timeout(200)  # whatever scripts ask for after loading
+    assert visit.elsewhere(visit.address) == []
+    assert visit.failed == []
+    assert visit.errors() == []
+    broken = "[...document.images].filter((i) => !i.complete || !i.naturalWidth).length"
+    assert visit.page.evaluate(broken) == 0, "a picture does not show"
+    urls = {u.split("#")[0] for u in visit.asked if u.startswith(visit.address)}
+    paths = [pages / unquote(urlsplit(u.removeprefix(visit.address)).path)[1:] for u in urls]
+    megabytes = sum(map(bytes_sent, paths)) / 1e6
+    assert megabytes <= MEGABYTES_A_PAGE, f"{megabytes:.2f} MB"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["http", "file"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_page_loads_completely_is_small_and_requests_nothing_from_elsewhere(
-    browser, pages, addresses, name, way
+@pytest.mark.parametrize("over_http", NAMES, indirect=True)
+def test_a_page_over_http_loads_completely_is_small_and_requests_nothing_from_elsewhere(
+    over_http, pages
 ):
-    with Visit(browser, addresses[way], name) as visit:
-        visit.page.wait_for_timeout(200)  # whatever scripts ask for after loading
-        assert visit.elsewhere(addresses[way]) == []
-        assert visit.failed == []
-        assert visit.errors() == []
-        broken = "[...document.images].filter((i) => !i.complete || !i.naturalWidth).length"
-        assert visit.page.evaluate(broken) == 0, "a picture does not show"
-        urls = {u.split("#")[0] for u in visit.asked if u.startswith(addresses[way])}
-        paths = [pages / unquote(urlsplit(u.removeprefix(addresses[way])).path)[1:] for u in urls]
-        megabytes = sum(map(bytes_sent, paths)) / 1e6
-        assert megabytes <= MEGABYTES_A_PAGE, f"{megabytes:.2f} MB"
+    check_load(over_http, pages)
+    settle(over_http)
+    assert over_http.errors() == [] and over_http.failed == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_page_passes_axe_in_light_and_dark(browser, addresses, name):
+@pytest.mark.parametrize("from_file", NAMES, indirect=True)
+def test_a_page_from_its_file_loads_completely_and_requests_nothing_from_elsewhere(
+    from_file, pages
+):
+    check_load(from_file, pages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("from_file", NAMES, indirect=True)
+def test_a_page_passes_axe_in_light_and_dark(from_file):
     axe = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js")
-    with Visit(browser, addresses["file"], name) as visit:
-        visit.page.add_style_tag(content=STILL)  # colours that fade in are judged half-way
-        visit.page.evaluate(axe.read_text(encoding="utf-8"))
-        for scheme, options in (("light", "{}"), ("dark", COLOURS)):
-            visit.page.emulate_media(color_scheme=scheme)
-            visit.page.wait_for_function(f"document.documentElement.dataset.theme == '{scheme}'")
-            found = visit.page.evaluate(AXE.replace("OPTIONS", options))
-            faults = [
-                f"{scheme}: {v['id']} ({v['impact']}) {node['target']}: {node['html'][:200]}"
-                for v in found["violations"]
-                if v["impact"] in ("serious", "critical")
-                for node in v["nodes"]
-            ]
-            assert not faults, "\n".join(faults)
-
-
-# axe leaves open what it cannot see through, tables in outputs among it: their ratios by hand, of
-# each text's colour and the first ground under it that is not clear (WCAG 2.2, 1.4.3).
-FAINT = """() => {
-  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b]
-    .map((v) => v / 255)
-    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const ground = (node) => {
-    for (let at = node; at; at = at.parentElement) {
-      const colour = parts(getComputedStyle(at).backgroundColor);
-      if (colour[3] !== 0) return colour;
-    }
-    return [255, 255, 255];
-  };
-  return [...document.querySelectorAll(".text_html *")]
-    .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()))
-    .map((e) => [e.textContent, light(parts(getComputedStyle(e).color)), light(ground(e))])
-    .map(([text, a, b]) => [text, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)])
-    .filter(([, ratio]) => ratio < 4.5);
-}"""
+    from_file.page.evaluate(axe.read_text(encoding="utf-8"))
+    faults = []
+    for scheme in ("light", "dark"):
+        from_file.show_in(scheme)
+        assert from_file.page.evaluate(page_scripts.MARK_LOOKS) > 5
+        found = from_file.page.evaluate(page_scripts.AXE[scheme])
+        faults += [
+            f"{scheme}: {v['id']} ({v['impact']}) {node['target']}: {node['html'][:200]}"
+            for v in found["violations"]
+            if v["impact"] in ("serious", "critical")
+            for node in v["nodes"]
+        ]
+    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("notebooks/")])
-def test_html_outputs_have_enough_contrast(browser, addresses, name, scheme):
-    with Visit(browser, addresses["file"], name) as visit:
-        visit.page.add_style_tag(content=STILL)
-        visit.page.emulate_media(color_scheme=scheme)
-        visit.page.wait_for_function(f"document.documentElement.dataset.theme == '{scheme}'")
-        assert visit.page.locator(".text_html").count() > 0
-        assert visit.page.evaluate(FAINT) == []
+@pytest.mark.parametrize("from_file", CHAPTERS, indirect=True)
+def test_html_outputs_have_enough_contrast(from_file, scheme):
+    from_file.show_in(scheme)
+    assert from_file.page.locator(".text_html").count() > 0
+    assert from_file.page.evaluate(page_scripts.FAINT) == []
 
 
 def stored_widgets(name: str) -> int:
@@ -240,29 +239,37 @@ def stored_widgets(name: str) -> int:
     return path.read_text(encoding="utf-8").count('"_anywidget_id"') if path.exists() else 0
 
 
-def settle(page, name: str) -> None:
+def settle(visit: Visit) -> None:
     """Wait until equations are set, and stored widgets are drawn and have said their state."""
-    page.evaluate("window.MathJax?.startup?.promise?.then(() => true)")
+    visit.page.evaluate("window.MathJax?.startup?.promise?.then(() => true)")
     ready = f"""() => {{
       const widgets = [...document.querySelectorAll(".t2i[role=group]")];
       const says = widgets.map((widget) => widget.querySelector("[aria-live]").textContent);
-      return widgets.length >= {stored_widgets(name)} && says.every((text) => text);
+      return widgets.length >= {stored_widgets(visit.name)} && says.every((text) => text);
     }}"""
-    page.wait_for_function(ready, timeout=20_000)
+    visit.page.wait_for_function(ready, timeout=20_000)
+
+
+@pytest.fixture
+def narrow(from_file):
+    """The visit in a narrow window; the next test finds it as wide as before."""
+    before = from_file.page.viewport_size
+    from_file.page.set_viewport_size({"width": 320, "height": 640})
+    yield from_file
+    from_file.page.set_viewport_size(before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_narrow_window_scrolls_only_vertically(browser, addresses, name):
-    narrow = {"width": 320, "height": 640}
-    with Visit(browser, addresses["file"], name, viewport=narrow) as visit:
-        settle(visit.page, name)
-        assert visit.page.evaluate("document.documentElement.scrollWidth") <= 320
-        # What lies left of where a box begins cannot be scrolled to.
-        begins = "[...document.querySelectorAll('mjx-container')].map(box => Math.round("
-        begins += "box.getBoundingClientRect().left))"
-        lost = [left for left in visit.page.evaluate(begins) if left < 0]
-        assert not lost, f"{len(lost)} equations begin left of the window"
+@pytest.mark.parametrize("from_file", NAMES, indirect=True)
+def test_a_narrow_window_scrolls_only_vertically(narrow):
+    settle(narrow)
+    width = narrow.page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 320, narrow.page.evaluate(page_scripts.WIDE)
+    # What lies left of where a box begins cannot be scrolled to.
+    begins = "[...document.querySelectorAll('mjx-container')].map(box => Math.round("
+    begins += "box.getBoundingClientRect().left))"
+    lost = [left for left in narrow.page.evaluate(begins) if left < 0]
+    assert not lost, f"{len(lost)} equations begin left of the window"
 
 
 def dead_links(folder: Path) -> list[str]:
@@ -293,7 +300,7 @@ def test_every_link_within_the_site_has_a_target(pages):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in LISTED if name.startswith("notebooks/")])
+@pytest.mark.parametrize("name", CHAPTERS)
 def test_a_chapters_page_opens_the_same_chapter_on_colab(pages, name):
     page = (pages / f"{name}.html").read_text(encoding="utf-8")
     links = set(re.findall(r'href="(https://colab\.research[^"]+)"', page))
@@ -312,9 +319,10 @@ def says_more(root, acts) -> bool:
     for act in acts:
         before = live.inner_text()
         act()
-        root.page.wait_for_timeout(200)  # it speaks when it rests
-        if live.inner_text() != before:
-            return True
+        for _ in range(5):  # the sentence changes when the widget rests: later on a busy machine
+            root.page.wait_for_timeout(200)
+            if live.inner_text() != before:
+                return True
     return False
 
 
@@ -331,21 +339,17 @@ def clicks(root):
         yield button.click
 
 
-CHAPTERS = [name for name in LISTED if name.startswith("notebooks/")]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["http", "file"])
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_every_widget_of_a_chapter_responds_to_keys_and_mouse(browser, addresses, name, way):
-    with Visit(browser, addresses[way], name) as visit:
-        roots = visit.page.locator(".t2i[role=group]")
-        settle(visit.page, name)
-        for root in roots.all():
-            label = root.get_attribute("aria-label")
-            assert says_more(root, presses(root)), f"{label} does not respond to keys"
-            assert says_more(root, clicks(root)), f"{label} does not respond to the mouse"
-        assert visit.errors() == [] and visit.failed == []
+@pytest.mark.parametrize("from_file", CHAPTERS, indirect=True)
+def test_every_widget_of_a_chapter_responds_to_keys_and_mouse(from_file):
+    settle(from_file)
+    silent = []
+    for root in from_file.page.locator(".t2i[role=group]").all():
+        for acts, kind in ((presses, "keys"), (clicks, "the mouse")):
+            if not says_more(root, acts(root)):
+                silent.append(f"{root.get_attribute('aria-label')} does not respond to {kind}")
+    assert not silent
+    assert from_file.errors() == [] and from_file.failed == []
 
 
 @pytest.mark.slow
@@ -354,7 +358,7 @@ def test_a_finger_drags_a_point_and_presses_a_button(browser, addresses):
     name = "notebooks/02_vqvae"
     with Visit(browser, addresses["file"], name, **phone) as visit:
         page = visit.page
-        settle(page, name)
+        settle(visit)
         stairs = page.get_by_role("group", name="Straight-through estimator", exact=True).first
         knob, says = stairs.get_by_role("slider", name="Encoding z"), stairs.locator("[aria-live]")
         knob.scroll_into_view_if_needed()
