@@ -77,7 +77,9 @@ def outputs_of(peer, pictures, captions):
     return image, text, scale * image @ text.T
 
 
-PEERS = pytest.mark.parametrize("make", [hugging_face, open_clip], ids=["transformers", "open_clip"])
+PEERS = pytest.mark.parametrize(
+    "make", [hugging_face, open_clip], ids=["transformers", "open_clip"]
+)
 
 
 def batch(image, text, generator, dtype=torch.float32, n=3):

@@ -10,8 +10,8 @@
 | t = ln(1/τ), exp(t) | `CLIP.logit_scale`, `CLIPOutput.scale`; τ is the temperature |
 | CE of the rows, of the columns | `CLIPLoss.image_to_text`, `CLIPLoss.text_to_image` |
 
-Differs from the paper in: nothing that the released weights show: the towers are those of ViT-B/32,
-and other sizes of the same layout; the blocks of the image tower start like those of the text tower.
+Differs from the paper in: nothing that the released weights show: the towers have the layout of
+ViT-B/32. At the start the blocks of both towers have the scales that the paper gives the text's.
 
 Letters: B batch of one process, H = W side of a picture, N patches of it, T tokens of a caption,
 D dimension of a token's vector, E dimension of the shared space.
@@ -124,19 +124,20 @@ class TextTowerConfig:
 
 
 def _blocks(dim: int, num_layers: int, num_heads: int) -> nn.ModuleList:
-    """Pre-norm blocks with quick-GELU, initialised as in the paper's code (section 2.4)."""
-    blocks = nn.ModuleList(
-        TransformerBlock(dim, num_heads, QuickGELU()) for _ in range(num_layers)
-    )
+    """Pre-norm blocks with quick-GELU, initialised as in the paper's code."""
     into_residual = dim**-0.5 * (2 * num_layers) ** -0.5  # a sum of 2 L terms keeps its scale
+    scales = {
+        "attention.qkv": dim**-0.5,
+        "attention.out": into_residual,
+        "mlp.0": (2 * dim) ** -0.5,
+        "mlp.2": into_residual,
+    }
+    blocks = [TransformerBlock(dim, num_heads, QuickGELU()) for _ in range(num_layers)]
     for block in blocks:
-        nn.init.normal_(block.attention.qkv.weight, std=dim**-0.5)
-        nn.init.normal_(block.attention.out.weight, std=into_residual)
-        nn.init.normal_(block.mlp[0].weight, std=(2 * dim) ** -0.5)
-        nn.init.normal_(block.mlp[2].weight, std=into_residual)
-        for layer in (block.attention.qkv, block.attention.out, block.mlp[0], block.mlp[2]):
-            nn.init.zeros_(layer.bias)
-    return blocks
+        for layer, scale in scales.items():
+            nn.init.normal_(block.get_parameter(f"{layer}.weight"), std=scale)
+            nn.init.zeros_(block.get_parameter(f"{layer}.bias"))
+    return nn.ModuleList(blocks)
 
 
 class ImageTower(nn.Module):

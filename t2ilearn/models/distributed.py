@@ -61,7 +61,7 @@ class _GatherRanks(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return sum_over_ranks(gradient.clone()).chunk(num_ranks())[own_rank()]
 
 

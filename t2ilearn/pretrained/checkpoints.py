@@ -120,10 +120,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     except zipfile.BadZipFile as error:
         raise WeightsError(f"{path} is truncated or damaged ({error}). Fetch it again.") from None
     except Exception as error:  # a damaged pickle may fail in any way
-        raise WeightsError(_reason(path, error)) from None
+        raise WeightsError(reason_of(path, error)) from None
 
 
-def _reason(path: Path, error: Exception) -> str:
+def reason_of(path: Path, error: Exception) -> str:
     """What `torch.load` refused, without its advice to load the file with `weights_only=False`."""
     text = str(error)
     refused = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", text)  # as torch words it

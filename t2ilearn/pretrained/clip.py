@@ -176,7 +176,7 @@ def clip_from_state(
 
 
 def _their_names(ours: str, layout: _Layout) -> tuple[str, ...]:
-    """What a layout calls a tensor of ours; three names where queries, keys and values are apart."""
+    """What a layout calls a tensor of ours; three names where q, k and v are apart."""
     name = ours
     for pattern, theirs in layout.patterns:
         name = re.sub(pattern, theirs, name)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2ilearn.pretrained.checkpoints import check_tensor, check_zip
+from t2ilearn.pretrained.checkpoints import check_tensor, check_zip, reason_of
 from t2ilearn.weights import WeightsError
 
 _LISTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
@@ -60,11 +60,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     except (zipfile.BadZipFile, FileNotFoundError) as error:
         raise WeightsError(f"{path} is missing, truncated or damaged ({error}).") from None
     except Exception as error:  # a damaged pickle may fail in any way
-        text = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
-        raise WeightsError(
-            f"{path} is not loaded: it makes no sense as TorchScript ({type(error).__name__}: "
-            f"{text})."
-        ) from None
+        raise WeightsError(reason_of(path, error)) from None
     if not state:
         raise WeightsError(f"{path} is not loaded: there are no tensors in it.")
     return state
@@ -80,8 +76,9 @@ def _without_program(path: Path) -> tuple[io.BytesIO, list[Any]]:
                 target.writestr(name, source.read(name))
         program = source.read(f"{root}/data.pkl")
     kept.seek(0)
-    named = [arg for op, arg, _ in pickletools.genops(program) if op.name == "GLOBAL"]
-    return kept, [stub for name in dict.fromkeys(named) if (stub := _stub(*name.split(" ")))]
+    named = [str(arg) for op, arg, _ in pickletools.genops(program) if op.name == "GLOBAL"]
+    stubs = [_stub(*name.split(" ")) for name in dict.fromkeys(named)]
+    return kept, [stub for stub in stubs if stub is not None]
 
 
 def _stub(module: str, name: str) -> Any:
