@@ -31,7 +31,7 @@ from t2ilearn.judging.report import CHUNK, share
 from t2ilearn.models.clip import CLIP
 
 RETRIEVED = 1000  # pictures, and as many captions
-_DRAWS = 4  # times as many scenes are drawn, since some come twice
+_DRAWS = 2  # times as many scenes are drawn, since some come twice
 _PROMPTS = (0, 2, 4)  # forms of a caption whose embeddings are averaged for zero-shot recognition
 
 Encode = Callable[[list[str]], Int[Tensor, "b t"]]  # captions → token ids
@@ -89,7 +89,7 @@ def evaluate_clip(
     for part in world.worlds:
         for name in part.test_sets:
             if name != "test-partial":  # captions that leave things out fit several pictures
-                metrics |= retrieval(model, encode, part, name)
+                metrics |= retrieval(model, encode, part, name, RETRIEVED)
         if isinstance(part, Shapes) and not isinstance(part, TinyShapes):  # that has one object
             metrics |= hard_negatives(model, encode, part, n)
         if isinstance(part, Emoji):
@@ -101,7 +101,7 @@ def evaluate_clip(
 
 
 def retrieval(
-    model: CLIP, encode: Encode, world: CaptionedPictures, name: str, n: int = RETRIEVED
+    model: CLIP, encode: Encode, world: CaptionedPictures, name: str, n: int
 ) -> dict[str, Any]:
     """R@1 both ways among at most n different scenes of a test set, each with its full caption."""
     scenes, captions = world.test_scenes(name, _DRAWS * n)
@@ -121,8 +121,8 @@ def retrieval(
 
 def first_of_each(scenes: Int[Tensor, "n facts"]) -> Int[Tensor, " m"]:
     """The rows in which each different scene comes first, in order."""
-    _, number = scenes.unique(dim=0, return_inverse=True)
-    first = torch.full((int(number.max()) + 1,), len(scenes)) if len(scenes) else number
+    different, number = scenes.unique(dim=0, return_inverse=True)
+    first = torch.full((len(different),), len(scenes))
     first.scatter_reduce_(0, number, torch.arange(len(scenes)), "amin")
     return first.sort().values
 

@@ -332,7 +332,7 @@ def _forward_and_backward(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Pictures, the loss of each, and the gradient of what is optimised."""
     with torch.enable_grad():
-        pictures = clamp_with_gradient(codec.decode(start()), -1, 1)  # (B, 3, H, W)
+        pictures = clamp_with_gradient(codec.decode(start()), -1.0, 1.0)  # (B, 3, H, W)
         seen = make_cutouts(pictures, side, cutouts, generator)  # (C · B, 3, s, s)
         u = F.normalize(at_least_float32(encode_image(seen)), dim=1)
         loss = prompt_loss(u.unflatten(0, (cutouts.number, -1)), prompts)  # (B,)
@@ -369,7 +369,10 @@ def start_from_pictures(
         if form == "latents":
             return Latents(z, codec)
         nearest = codec.quantize(z).flatten(2).mT  # (B, N, D)
-        tokens = torch.cdist(nearest, codec.codebook[None].to(nearest)).argmin(-1)
+        exact = "donot_use_mm_for_euclid_dist"
+        tokens = torch.cdist(nearest, codec.codebook[None].to(nearest), compute_mode=exact).argmin(
+            -1
+        )
     return TokenLogits(tokens, codec)
 
 

@@ -11,7 +11,14 @@
 | add one | a file like `vqvae`: a `System` under `@register` |
 """
 
-from t2ilearn.systems import readers, vqvae, vqgan, dalle, clip  # noqa: F401, I001  (the book's order)
+from t2ilearn.systems import (  # noqa: F401, I001  (the book's order)
+    readers,
+    vqvae,
+    vqgan,
+    dalle,
+    clip,
+    vqgan_clip,
+)
 from t2ilearn.systems.base import (
     Caption,
     Candidates,

@@ -78,7 +78,7 @@ def shipped_clip(worlds: Sequence[str] = ()) -> str:
         WeightsError: if there are none.
     """
     stage, shipped = STAGES[STAGE], weights.available()
-    for name in (stage.weights_name(preset) for preset in reversed(stage.presets)):
+    for name in (stage.weights_name(preset) for preset in sorted(stage.presets)):
         if name in shipped:
             card = weights.read_card(weights.find(name).with_suffix(".json"))
             if set(worlds) <= set(worlds_in(card.data["world"])):
