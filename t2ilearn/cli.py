@@ -49,14 +49,18 @@ def draw(
     from t2ilearn import drawing
     from t2ilearn.systems import registry
 
+    caption, options = caption_and_options([caption, *context.args])
     how: dict[str, Any] = {
         "system": system,
         "seed": seed,
         "count": count,
         "best_of": best_of,
         "scorer": scorer,
-        **named_options(context.args),
     }
+    if clash := options.keys() & {*how, "caption", "picture", "rows"}:
+        name = clash.pop().replace("_", "-")
+        raise ValueError(f"There is no option --{name} here; `t2ilearn draw --help` lists them.")
+    how |= options
     if finish is None:
         drawn = drawing.draw(caption, **how)
     else:
@@ -65,24 +69,31 @@ def draw(
     _report(drawn, out)
 
 
-def named_options(arguments: list[str]) -> dict[str, str]:
-    """["--top-p", "0.9"] or ["--top-p=0.9"] → {"top_p": "0.9"}.
+def caption_and_options(arguments: list[str]) -> tuple[str, dict[str, str]]:
+    """["a star", "--top-p", "0.9"] or ["--top-p=0.9", "a star"] → "a star", {"top_p": "0.9"}.
 
     Raises:
-        ValueError: for an argument without a name, or a name without a value.
+        ValueError: for a name without a value, or not exactly one argument without a name.
     """
-    found, rest = {}, list(arguments)
+    captions, found, rest = [], {}, list(arguments)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if not name.startswith("--"):
-            raise ValueError(f"Unexpected argument {word!r}. A caption of several words is quoted.")
+            captions.append(word)
+            continue
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ValueError(f"The option {name} needs a value.")
             value = rest.pop(0)
         found[name.removeprefix("--").replace("-", "_")] = value
-    return found
+    if not captions:
+        raise ValueError("There is no caption: say what to draw, in quotes.")
+    if len(captions) > 1:
+        raise ValueError(
+            f"Unexpected argument {captions[1]!r}. A caption of several words is quoted."
+        )
+    return captions[0], found
 
 
 def picture_file(path: Path, side: int) -> "Tensor":
@@ -92,11 +103,12 @@ def picture_file(path: Path, side: int) -> "Tensor":
         FolderError: if it is missing, or no picture that can be read.
     """
     from t2ilearn.data.picture_files import FolderError, read_picture, shrink
+    from t2ilearn.data.pixels import pictures_from_bytes
 
     if not path.is_file():
         raise FolderError(f"There is no picture {path}.")
     try:
-        return shrink(read_picture(path), side).float().div(127.5).sub(1)
+        return pictures_from_bytes(shrink(read_picture(path), side))
     except FolderError as error:
         raise FolderError(f"{path} {error}.") from None
 
@@ -145,7 +157,7 @@ def train(
     preset: Annotated[str, typer.Option(help="tiny (a laptop) or book (what ships).")] = "tiny",
     stage: Annotated[str | None, typer.Option(help="This stage alone.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Your own pictures: a folder with a captions.csv.")
+        Path | None, typer.Option(help="Your own pictures: a folder with a caption table.")
     ] = None,
     runs: Annotated[
         Path | None, typer.Option(help="Folder for results; by default runs, or runs/DATA.")
@@ -158,7 +170,7 @@ def train(
     from t2ilearn.systems.plan import plan, train_system
 
     if dry_run:
-        for step in plan(system, preset, runs or Path("runs"), stage):
+        for step in plan(system, preset, runs, stage=stage, data=data, steps=steps):
             took = f"{step.minutes:g} min on {step.device}" if step.minutes else "not measured"
             state = "done" if step.done else "to train"
             typer.echo(f"{step.stage.name:24} {state:9} {took}")

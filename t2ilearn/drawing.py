@@ -3,44 +3,55 @@
     drawing = draw("a small red star above a large striped blue ring", seed=1)
     drawing.save("star.png")        # the file remembers the request and the weights
     redraw("star.png")              # and can be drawn again, pixel for pixel
+
+| to | call |
+|---|---|
+| draw | `draw`, `draw_steps`, `complete`; `draw_request` for several captions at once |
+| keep a drawing | `Drawing.save`, `redraw` |
 """
 
 import base64
 import html
 import io
 import json
-import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from t2ilearn import __version__
-from t2ilearn.data.captions import CaptionError
 from t2ilearn.data.grammar import ReadCaption
+from t2ilearn.data.interface import CaptionedPictures
 from t2ilearn.data.pixels import bytes_from_pictures
 from t2ilearn.judging.alignment import aligned
 from t2ilearn.judging.reader import load_reader
 from t2ilearn.models.layers import RANGE_TOLERANCE
-from t2ilearn.systems import Caption, Options, Prompt, Request, System, registry, rerank
+from t2ilearn.systems import Caption, Options, Request, registry, rerank
+from t2ilearn.systems.base import shortened
+from t2ilearn.systems.requests import (
+    ROWS,
+    check_request,
+    make_request,
+    request_from_json,
+    request_to_json,
+)
 from t2ilearn.weights import WeightsError
 
 METADATA_KEY = "t2ilearn"
+_ABOUT_FILE = ("weights", "version", "schema")  # what metadata hold beside the request
 SCHEMA = 2  # of the metadata
-MAX_CANDIDATES = 64  # pictures that one request may make, those that are not kept included
-ROWS = 8  # in which `complete` counts what stays of a picture
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Pictures drawn for one caption, and what the judge read in them.
+    """Pictures, one for each caption of a request, and what the judge read in them.
 
-    `aligned` is empty where there is no judge: for pictures of your own.
+    `aligned` is empty where a judge cannot tell: for pictures of your own, or without a caption.
     """
 
     pictures: Float[Tensor, "n 3 h w"]
@@ -126,7 +137,7 @@ def draw(
     Args:
         caption: a sentence of a world that the system learned, e.g. "a small red star above a blue
             ring" or "a dodo, outline, on a sky background"; any caption, if it learned pictures of
-            your own. Systems that take several prompts with weights take a tuple of `Prompt`s.
+            your own. Systems that take several prompts with weights take a tuple of them (`Prompt`).
         system: which model draws: one of `t2ilearn systems`, or the folder of a run of yours; by
             default the best that ships.
         seed: the same seed, system and weights give the same pictures on the same machine.
@@ -140,7 +151,7 @@ def draw(
         ValueError: if an argument is out of its range, or the system has no such option.
         WeightsError: if weights are missing or damaged.
     """
-    return _finished(make_request(caption, system, seed, count, best_of, scorer, options))
+    return draw_request(make_request(caption, system, seed, count, best_of, scorer, options))
 
 
 def draw_steps(caption: Caption, **how: Any) -> Iterator[Float[Tensor, "n 3 h w"]]:
@@ -154,7 +165,7 @@ def draw_steps(caption: Caption, **how: Any) -> Iterator[Float[Tensor, "n 3 h w"
     request = make_request(caption, **{**defaults, **known}, options=how)
     system = registry.load(request.system)
     check_request(request, system)
-    yield from system.steps(request, torch.Generator().manual_seed(request.seed))
+    return system.steps(request, torch.Generator().manual_seed(request.seed))
 
 
 def complete(
@@ -197,202 +208,115 @@ def complete(
     if not 1 <= rows < ROWS:
         raise ValueError(f"Keep 1 … {ROWS - 1} rows of {ROWS}, not {rows}.")
     request = make_request(caption or "", system, seed, count, best_of, scorer, options)
-    return _finished(replace(request, start=bytes_from_pictures(picture[None]), rows=rows))
+    return draw_request(replace(request, start=bytes_from_pictures(picture[None]), rows=rows))
 
 
 def redraw(path: str | Path) -> Drawing:
     """Draw again what a file made by `Drawing.save` remembers.
 
     Raises:
-        ValueError: if the file carries no metadata of ours, damaged ones, or those of the first
-            edition.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file carries no metadata of ours, damaged ones, or those of another
+            edition, or its system is unknown here.
         WeightsError: if it was drawn with other weights than those installed.
     """
+    stored = _read_metadata(Path(path))
+    weights_id, system = stored.get("weights"), stored.get("system")
+    if isinstance(system, str):
+        registry.find(system)  # what is unknown here need not be damaged
     try:
-        with Image.open(path) as image:
-            text = image.info.get(METADATA_KEY)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a readable picture: {error}.") from None
-    if text is None:
-        raise ValueError(f"{path} was not drawn by t2ilearn: it carries no caption and seed.")
-    try:
-        stored = json.loads(text)
-        if isinstance(stored, dict) and "schema" not in stored and "caption" in stored:
-            raise ValueError(
-                f"{path} was drawn by the first edition of t2ilearn, whose weights are gone. Draw "
-                f'its caption anew: "{stored["caption"]}".'
-            )
-        weights_id = stored.pop("weights")
-        request = request_from_json(stored)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"The metadata of {path} are damaged: {error}.") from None
+        if not isinstance(weights_id, str):
+            raise TypeError("field weights is no word")
+        request = request_from_json({k: v for k, v in stored.items() if k not in _ABOUT_FILE})
+    except KeyError as error:
+        raise ValueError(f"The metadata of {path} are damaged: they lack {error}.") from None
+    except (TypeError, ValueError) as error:
+        reason = str(error).rstrip(".")
+        raise ValueError(f"The metadata of {path} are damaged: {reason}.") from None
     installed = registry.load(request.system).weights_id
     if installed != weights_id:
         raise WeightsError(
             f"{path} was drawn with weights {weights_id}, but {installed} are installed; the "
             "picture would differ."
         )
-    return _finished(request)
+    return draw_request(request)
 
 
-# --- requests ----------------------------------------------------------------------------------
-
-
-def make_request(
-    caption: Caption,
-    system: str | Path | None,
-    seed: int,
-    count: int,
-    best_of: int,
-    scorer: str | None,
-    options: Mapping[str, Any],
-) -> Request:
-    """A request from what a person gives; see `draw`.
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """What `Drawing.metadata` said when a file was saved.
 
     Raises:
-        ValueError: for an unknown system, an option that it does not have, or a number that is
-            none or out of range.
+        FileNotFoundError, ValueError: as `redraw`.
     """
-    name = registry.best() if system is None else str(system)
-    whole = {"seed": seed, "count": count, "best-of": best_of}
-    numbers = {what: _whole(what, value) for what, value in whole.items()}
-    made = registry.find(name).system.make_options(**options)
-    if not 1 <= numbers["count"] * numbers["best-of"] <= MAX_CANDIDATES or numbers["count"] < 1:
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(METADATA_KEY)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a readable picture: {error}.") from None
+    if text is None:
+        raise ValueError(f"{path} was not drawn by t2ilearn: it carries no caption and seed.")
+    try:
+        stored = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"The metadata of {path} are damaged: they are no JSON.") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"The metadata of {path} are damaged: they are no JSON object.")
+    if "schema" not in stored and "caption" in stored:
         raise ValueError(
-            f"count × best-of must be 1 … {MAX_CANDIDATES}, not {count} × {best_of}."
+            f"{path} was drawn by the first edition of t2ilearn, whose weights are gone. Draw its "
+            f"caption anew: {stored['caption']!r}."
         )
-    if not 0 <= numbers["seed"] < 2**63:
-        raise ValueError(f"The seed must be 0 … 2^63 − 1, not {seed}.")
-    captions = (caption,) * numbers["count"]
-    return Request(captions, name, numbers["seed"], numbers["best-of"], scorer, made)
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"The {name} must be a whole number, not {value!r}.") from None
-
-
-def check_request(request: Request, system: System) -> ReadCaption | None:
-    """The caption as the system's worlds read it, parsed once; None where they do not.
-
-    Raises:
-        CaptionError: if the caption cannot be read.
-        ValueError: for a scorer that the system does not have, or one that cannot read this.
-    """
-    scorers = system.scorers()
-    if request.scorer not in (None, *scorers):
-        known = ", ".join(scorers) or "none at all"
-        raise ValueError(f"A scorer of {request.system} is {known}, not {request.scorer!r}.")
-    _check_text(request.caption)
-    read = system.read(request.caption) if request.caption or request.start is None else None
-    if request.scorer == "reader" and not (read and read.world.reader):
+    schema = stored.get("schema")
+    if type(schema) is int and schema > SCHEMA:
+        raise ValueError(f"{path} was drawn by a newer t2ilearn: update yours to draw it again.")
+    if type(schema) is not int or schema != SCHEMA:
         raise ValueError(
-            "The training reader reads captions of shapes; let likelihood choose here."
+            f"The metadata of {path} are damaged: field schema is {shortened(schema)}, not "
+            f"{SCHEMA}."
         )
-    return read
-
-
-def _check_text(caption: str) -> None:
-    """Raise CaptionError for text that no file could hold, such as half of a Unicode pair."""
-    try:
-        caption.encode("utf-8")
-    except UnicodeEncodeError:
-        raise CaptionError(
-            f"The caption {caption!r} holds a character that is not valid Unicode."
-        ) from None
-
-
-def request_to_json(request: Request) -> dict[str, Any]:
-    """A request as JSON values."""
-    start = None
-    if request.start is not None:
-        buffer = io.BytesIO()
-        rows = request.start.movedim(1, -1).flatten(0, 1)  # (n · H, W, 3)
-        Image.fromarray(rows.contiguous().numpy()).save(buffer, format="PNG")
-        start = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {
-        "captions": [c if isinstance(c, str) else [list(p) for p in c] for c in request.captions],
-        "system": request.system,
-        "seed": request.seed,
-        "best_of": request.best_of,
-        "scorer": request.scorer,
-        "options": asdict(request.options),
-        "start": start,
-        "rows": request.rows,
-    }
-
-
-def request_from_json(stored: Mapping[str, Any]) -> Request:
-    """What `request_to_json` wrote.
-
-    Raises:
-        KeyError, TypeError, ValueError: if it is damaged.
-    """
-    captions = tuple(
-        c if isinstance(c, str) else tuple(Prompt(str(t), float(w)) for t, w in c)
-        for c in stored["captions"]
-    )
-    if not captions:
-        raise KeyError("captions")
-    scorer = stored["scorer"]
-    if not isinstance(stored["system"], str) or not isinstance(scorer, str | None):
-        raise TypeError("system and scorer are words")
-    request = make_request(
-        captions[0],
-        stored["system"],
-        stored["seed"],
-        len(captions),
-        stored["best_of"],
-        scorer,
-        stored["options"],
-    )
-    start = None if stored["start"] is None else _start_from_text(stored["start"])
-    rows = operator.index(stored["rows"])
-    return replace(request, captions=captions, start=start, rows=rows)
-
-
-def _start_from_text(text: str) -> UInt8[Tensor, "n 3 h w"]:
-    """Start pictures from their PNG file in base64: squares, one below the other."""
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True))) as image:
-            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-            width, height = image.size
-    except (OSError, ValueError, SyntaxError) as error:
-        raise TypeError(f"the start picture is damaged: {error}") from None
-    return pixels.view(height // width, width, width, 3).movedim(-1, 1).contiguous()
+    return stored
 
 
 # --- drawing -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _finished(request: Request) -> Drawing:
-    """The pictures that a request decides."""
+def draw_request(request: Request) -> Drawing:
+    """The pictures that a request decides, one for each of its captions.
+
+    Raises:
+        CaptionError, ValueError, WeightsError: as `draw`, and as `check_request`.
+    """
     system = registry.load(request.system)
     read = check_request(request, system)
+    name = request.scorer or system.default_scorer(read)
+    if request.best_of > 1 and name not in system.scorers():
+        raise ValueError(f"{request.system} has nothing that could choose the best of many.")
     generator = torch.Generator().manual_seed(request.seed)
     candidates = system.candidates(request, generator)
     pictures = candidates.pictures
     if request.best_of > 1:
-        name = request.scorer or system.default_scorer(read)
-        if name not in system.scorers():
-            raise ValueError(f"{request.system} has nothing that could choose the best of many.")
         pictures, _ = rerank(candidates, request.best_of, system.scorers()[name](system))
     return Drawing(pictures, request, system.weights_id, _judged(pictures, read))
 
 
-def _judged(pictures: Float[Tensor, "n 3 h w"], read: ReadCaption | None) -> list[bool]:
-    """Which pictures show what the caption states; nothing where no judge can read them."""
-    if read is None or read.world.judge is None:
+def _judged(pictures: Float[Tensor, "n 3 h w"], read: Sequence[ReadCaption | None]) -> list[bool]:
+    """Which pictures show what their captions state; nothing where a judge cannot tell of all."""
+    rows_of: dict[type[CaptionedPictures], list[int]] = {}
+    for row, caption in enumerate(read):
+        if caption is not None and caption.world.judge is not None:
+            rows_of.setdefault(caption.world, []).append(row)
+    if sum(map(len, rows_of.values())) < len(pictures):
         return []
-    judge = load_reader(read.world.judge)
-    return aligned(judge, pictures, [read] * len(pictures), read.world).tolist()
+    right = [False] * len(pictures)
+    for world, rows in rows_of.items():
+        captions = [each for each in (read[row] for row in rows) if each is not None]
+        found = aligned(load_reader(world.judge or ""), pictures[rows], captions, world)
+        for row, shown in zip(rows, found.tolist(), strict=True):
+            right[row] = shown
+    return right
 
 
 def options_of(name: str) -> Options:

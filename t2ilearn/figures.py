@@ -1,14 +1,14 @@
-"""Figures of the chapters: pictures in a grid, curves, bars, maps of numbers, and the code itself.
+"""Figures of the chapters: pictures in a grid, curves, bars, maps of numbers, and source code.
 
 | to show | call |
 |---|---|
 | pictures with their captions | `grid` |
 | losses over steps, or any number over another | `curves` |
 | a few numbers, between floor and ceiling | `bars` |
-| how often each code is used | `usage` |
-| attention, masks, anything square | `matrix` |
-| what to see in a figure | `captioned` |
-| how the package does it | `show_source` |
+| how often each index is used | `usage` |
+| attention, masks, any matrix | `matrix` |
+| a figure with a caption | `captioned` |
+| the source in the package | `show_source` |
 
 Each returns a matplotlib Figure that a notebook shows once, as the last line of a cell. Grounds
 are transparent and all writing is mid-grey, so that pages read by day and in dark mode. Notebooks
@@ -71,21 +71,23 @@ def _lines(caption: str, width: float) -> str:
     return textwrap.fill(caption, min(room, len(caption) // max(lines, 1) + 8))
 
 
-def _told(figure: Figure, caption: str) -> Figure:
-    """The same figure, whose caption a notebook keeps as text for those who cannot see it."""
-    said = {"text/plain": f"Figure: {caption}"}, {"image/png": {"alt": caption}}
-    figure.__dict__["_repr_mimebundle_"] = lambda **_: said  # IPython asks objects, not classes
+def _with_caption(figure: Figure, caption: str) -> Figure:
+    """The same figure, whose caption a notebook also keeps as alternative text."""
+    mimebundle = {"text/plain": f"Figure: {caption}"}, {"image/png": {"alt": caption}}
+    figure.__dict__["_repr_mimebundle_"] = lambda **_: (
+        mimebundle
+    )  # IPython asks objects, not classes
     return figure
 
 
 def captioned(figure: Figure, message: str) -> Figure:
-    """The same figure with a sentence under everything else that says what to see in it."""
+    """The same figure with a caption below it, a statement about what it shows."""
     figure.draw_without_rendering()  # a layout may still move things
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()  # all in inches
     place = ((box.x0 + box.x1) / 2 / width, (box.y0 - 0.1) / height)
     text = _lines(message, box.x1 - box.x0)
     figure.text(*place, text, color=GREY, fontsize=9, ha="center", va="top")
-    return _told(figure, message)
+    return _with_caption(figure, message)
 
 
 def grid(
@@ -99,7 +101,7 @@ def grid(
     Args:
         titles: one a picture, wrapped above it; "" for none.
         columns: pictures in a row, at most.
-        caption: what to see, under all of them.
+        caption: a statement about the figure, below all of them.
 
     Raises:
         ValueError: if these are no pictures, or the titles are not as many.
@@ -134,7 +136,7 @@ def grid(
     if not caption:
         return figure
     figure.text(0.5, 0.02 / height, text, color=GREY, fontsize=9, ha="center", va="bottom")
-    return _told(figure, caption)
+    return _with_caption(figure, caption)
 
 
 def curves(
@@ -184,11 +186,11 @@ def bars(
     digits: int = 2,
     xlabel: str | None = None,
 ) -> Figure:
-    """Horizontal bars with their numbers, between the floor and the ceiling that give them meaning.
+    """Horizontal bars with their numbers, between floor and ceiling.
 
     Args:
-        floor: what knowing nothing would score.
-        ceiling: what reality scores.
+        floor: the score without any information.
+        ceiling: the score of real pictures.
         digits: decimals of the numbers.
     """
     figure = _figure(6.4, 0.5 + 0.36 * len(values))
@@ -209,19 +211,19 @@ def bars(
     return figure
 
 
-def usage(codes: Int[Tensor, "..."], size: int) -> Figure:
-    """How often each of `size` codes occurs, the most used first.
+def usage(indices: Int[Tensor, "..."], size: int) -> Figure:
+    """How often each of `size` indices occurs, the most used first.
 
     Raises:
-        ValueError: if a code is not 0 … size − 1.
+        ValueError: if an index is not 0 … size − 1.
     """
-    share, even = codebook_usage(codes, size), perplexity(codes, size)
-    counts = codes.flatten().bincount(minlength=size).sort(descending=True).values
+    share, even = codebook_usage(indices, size), perplexity(indices, size)
+    counts = indices.flatten().bincount(minlength=size).sort(descending=True).values
     figure = _figure(6.4, 2.4)
     axes = _axes(figure)
     axes.fill_between(range(size), counts.tolist(), step="mid", color=COLOURS[0])
-    axes.set(xlabel="codes, the most used first", ylabel="uses", xlim=(-0.5, size - 0.5))
-    note = f"{share:.0%} of {size} codes in use, perplexity {even:.0f}"
+    axes.set(xlabel="indices, the most used first", ylabel="uses", xlim=(-0.5, size - 0.5))
+    note = f"{share:.0%} of {size} codes used, perplexity {even:.0f}"
     axes.text(1, 0.92, note, color=GREY, transform=axes.transAxes, ha="right")
     return figure
 
@@ -261,10 +263,10 @@ def matrix(
 def show_source(*objects: Callable | type, docstrings: bool = True) -> "Markdown":
     """The source of functions, methods or classes, as code that every front end colours itself.
 
-    Chapters show what runs and never a copy of it.
+    Chapters show the code that runs, never a copy of it.
 
     Args:
-        docstrings: False leaves them out, where the text around says the same.
+        docstrings: False leaves them out.
 
     Raises:
         ValueError: if something has no source, for example because it was not written in Python.

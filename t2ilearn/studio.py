@@ -94,8 +94,10 @@ class Studio(widgets.VBox):
     def _surprise(self) -> None:
         """A random caption of a world that the system learned."""
         names = registry.load(self.system.value).worlds
+        if not names:
+            raise ValueError("This system learned pictures of your own: type a caption of theirs.")
         name = names[int(torch.randint(len(names), (1,), generator=self._dice))]
-        world = self._worlds.setdefault(name, WORLDS[name]())  # type: ignore[call-arg]
+        world = self._worlds.setdefault(name, WORLDS[name]())
         scene = world.scenes(1, generator=self._dice)
         (self.caption.value,) = world.mixed_captions(scene, self._dice)
         self._say("A caption for you. Press Draw.")

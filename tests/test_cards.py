@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass, field, replace
 
 import pytest
+import ship_weights
 import torch
 
 from t2ilearn import weights
@@ -125,9 +126,9 @@ def test_shipped_parents_are_the_weights_that_ship():
     assert {name: roles for name, roles in parents.items() if roles} == {
         "prior-tiny": {"vqvae": "vqvae-tiny"},
         "prior-book": {"vqvae": "vqvae-book"},
-        "vqgan-prior-book": {"vqvae": "vqgan-book"},
-        "dalle-book": {"vqvae": "vqgan-book"},
-        "dalle-dvae-book": {"vqvae": "dvae-book"},
+        "vqgan-prior-book": {"vqgan": "vqgan-book"},
+        "dalle-book": {"vqgan": "vqgan-book"},
+        "dalle-dvae-book": {"dvae": "dvae-book"},
         "vqgan-tiny": perceptual,
         "vqgan-book": perceptual,
         "vqgan-no-discriminator-tiny": perceptual,
@@ -446,3 +447,54 @@ def test_random_edits_are_refused_by_name_or_change_nothing_that_matters(name, t
         assert after.card.command and after.card.device and after.card.minutes >= 0
         assert all(isinstance(weights.figure(m), str) for m in after.card.metrics.values())
     assert refused > 50
+
+
+# ---------------------------------------------------------------- shipping
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A folder with one finished run, and an empty folder in the place of the assets."""
+    runs, assets, name = tmp_path / "runs", tmp_path / "assets", "vqgan-tiny"
+    (runs / name).mkdir(parents=True)
+    for file in (f"{name}.safetensors", f"{name}.json"):
+        shutil.copyfile(weights.ASSETS / file, runs / name / file)
+    shutil.copytree(weights.ASSETS / "flights" / name, runs / name, dirs_exist_ok=True)
+    assets.mkdir()
+    for file in ("reader.safetensors", "reader.json"):
+        shutil.copyfile(weights.ASSETS / file, assets / file)
+    monkeypatch.setattr(weights.files, "ASSETS", assets)
+    monkeypatch.setattr(weights, "ASSETS", assets)
+    return runs, assets, name
+
+
+def test_a_finished_run_ships_with_weights_card_and_record(run):
+    runs, assets, name = run
+    ship_weights.ship(runs, name)
+    assert weights.load(name).card == weights.load(runs / name / f"{name}.safetensors").card
+    record = assets / "flights" / name
+    assert (record / "flight.json").is_file() and list((record / "frames").glob("*.webp"))
+    assert not (record / "card.json").exists()
+
+
+def test_of_an_ablation_only_card_and_record_ship(run, monkeypatch):
+    runs, assets, name = run
+    monkeypatch.setattr(ship_weights, "RECORDS_ONLY", {name})
+    ship_weights.ship(runs, name)
+    assert weights.available() == ("reader",)
+    assert read_card(assets / "flights" / name / "card.json").name == name
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"metrics": {}, "bars": {}}, "was not measured: let its training end"),
+        ({"parents": {"reader": "0" * 64}}, "on top of a reader .00000000. that does not ship"),
+    ],
+)
+def test_stopped_runs_and_runs_without_their_parents_do_not_ship(run, change, said):
+    runs, assets, name = run
+    edit(runs / name / f"{name}.safetensors", lambda facts: facts.update(change))
+    with pytest.raises(ValueError, match=said):
+        ship_weights.ship(runs, name)
+    assert not (assets / "flights").exists()

@@ -59,7 +59,7 @@ def test_a_notebook_has_the_parts_of_the_template_in_order(name, template):
 
 @pytest.mark.parametrize("name, template", KINDS, ids=[name for name, _ in KINDS])
 def test_the_card_lists_the_parts_that_are_there(name, template):
-    """Its words for them; a part that is there is named, and one that is not is not promised."""
+    """The card names each part that the notebook has, and no other."""
     card = next(c for c in cells(name) if "part-card" in c["metadata"].get("tags", []))
     (row,) = re.findall(r"^\| \*\*Parts\*\* \| (.*) \|$", card["source"], re.MULTILINE)
     named = {
@@ -136,9 +136,9 @@ def test_every_figure_has_a_caption(name):
 
 @pytest.mark.parametrize("name", [name for name, _ in KINDS])
 def test_the_card_names_the_command_behind_every_figure(name):
-    """The cell itself, and for all weights at work in it the command on their card."""
+    """The cell itself, and for all weights that it uses the command on their card."""
     title = next(c["source"] for c in cells(name) if "part-card" in c["metadata"].get("tags", []))
-    assert "| **Figures** | each is made by the cell above it; the weights" in title
+    assert "| **Figures** | each is made by the cell above it, with the weights" in title
     (named,) = [k.value for k in card_call(name).keywords if k.arg == "weights"]
     book = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
     used = book["metadata"]["t2ilearn"]["made_from"]["weights"]
@@ -146,8 +146,8 @@ def test_the_card_names_the_command_behind_every_figure(name):
 
 
 @pytest.mark.parametrize("name", [name for name, _ in KINDS])
-def test_a_recorded_run_stands_under_the_command_that_made_it(name):
+def test_a_recorded_run_is_shown_with_the_command_that_made_it(name):
     for cell in cells(name):
         for run in re.findall(r'ASSETS / "flights" / "([\w-]+)"', cell["source"]):
-            said = f'load("{run}").card["command"]'
-            assert said in " ".join(c["source"] for c in cells(name)), f"{cell['id']}: {run}"
+            command = f'load("{run}").card.command'
+            assert command in " ".join(c["source"] for c in cells(name)), f"{cell['id']}: {run}"

@@ -62,7 +62,7 @@ def test_the_first_cell_fetches_the_package_once_and_replaces_nothing(first_cell
     assert source.startswith("git+https://") and "[" not in source  # no extras
 
 
-def test_the_first_cell_explains_itself_without_a_network(first_cell):
+def test_the_first_cell_raises_an_explanation_without_a_network(first_cell):
     with pytest.raises(RuntimeError, match=r"not installed.*make lab"):
         first_cell(there=False, pip_succeeds=False)
 
@@ -77,16 +77,18 @@ from t2ilearn import widgets
 
 assert ipywidgets.__version__ == "7.7.1", ipywidgets.__file__
 assert anywidget.__version__ == "0.9.21", anywidget.__file__
-from t2ilearn.dalle import DALLE, DVAE, DVAEConfig
 from t2ilearn.data import WordTokenizer
-from t2ilearn.drawing import System
-from t2ilearn.prior import PriorConfig
+from t2ilearn.models.dalle import DALLE
+from t2ilearn.models.dvae import DVAE, DVAEConfig
+from t2ilearn.models.transformer import PriorConfig
+from t2ilearn.systems.tokens import TokenSystem
 from t2ilearn.widgets.stream import record_drawing
 
 words = WordTokenizer()
-sizes = PriorConfig(codebook_size=16, side=4, dim=16, num_layers=1, num_heads=1, vocabulary=words.vocabulary)
+sizes = {"codebook_size": 16, "side": 4, "dim": 16, "num_layers": 1, "num_heads": 1}
+sizes = PriorConfig(**sizes, vocabulary=words.vocabulary)
 decoder = DVAE(DVAEConfig(resolution=16, channels=(16, 16), blocks=1, codebook_size=16, code_dim=8))
-system = System(decoder.eval(), DALLE(sizes).eval(), words, "", ())
+system = TokenSystem(decoder.eval(), DALLE(sizes).eval(), words, "", ())
 written = record_drawing(system, "a red star", torch.zeros(16, dtype=torch.int64))
 asked = widgets.Question("Two?", {"yes": "It is.", "no": "Count again."}, "A")
 needs = {
@@ -128,7 +130,7 @@ def colab_packages(request) -> Path:
 
 
 @pytest.mark.slow
-def test_widgets_are_made_on_colabs_versions(colab_packages):
+def test_every_widget_can_be_made_on_colabs_versions(colab_packages):
     if importlib.util.find_spec("t2ilearn.widgets") is None:
         pytest.skip("no widgets yet")
     done = subprocess.run(
@@ -184,11 +186,11 @@ painter = list(inside(live_painter(vqvae, tokens[0])))
 square, *_, again = [part for part in painter if isinstance(part, ipywidgets.Button)]
 other = (int(square.description) + 1) % K
 before = shown.value
-assert "0 of 64 tokens are painted over" in before
+assert "0 of 64 tokens are replaced" in before
 choose(hand, value=other)
 press(square)
 assert square.description == str(other)
-assert "1 of 64 tokens are painted over" in shown.value
+assert "1 of 64 tokens are replaced" in shown.value
 assert shown.value.split("<p")[0].split("src=")[1] != before.split("<p")[0].split("src=")[1]
 press(again)
 assert shown.value == before
@@ -214,7 +216,7 @@ def views(cell: nbformat.NotebookNode) -> list[str]:
 
 
 def colab_run(name: str) -> nbformat.NotebookNode:
-    """A chapter, its lab's cells that only show a widget, and a hand that presses buttons."""
+    """A chapter, its lab's cells that only show a widget, and a cell that presses buttons."""
     chapter, lab = (
         nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
         for stem in (name, f"{name}_lab")

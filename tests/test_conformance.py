@@ -1,4 +1,4 @@
-"""Where a peer says the same thing, it says the same numbers: values, indices and gradients.
+"""Where a peer computes the same thing, it has the same numbers: values, indices and gradients.
 
 Peers are built from small configurations with random weights, copied from one side to the other;
 nothing is downloaded. `pytest -s` prints the largest difference of each row.
@@ -12,25 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from t2ilearn import prior
-from t2ilearn.layers import QuickGELU, ResidualBlock, TransformerBlock
-from t2ilearn.metrics import (
+from t2ilearn.judging.metrics import (
     frechet_distance,
     kernel_distance,
     perplexity,
     precision_recall,
     psnr,
 )
-from t2ilearn.prior import (
-    PriorConfig,
-    TransformerPrior,
-    choose,
-    prior_loss,
-    sample,
-    sample_steps,
-)
-from t2ilearn.tokens import null_caption
-from t2ilearn.vqvae import FSQ, VAE, EMAQuantizer, VectorQuantizer, VQVAEConfig, vae_loss
+from t2ilearn.models import sampling
+from t2ilearn.models.autoencoder import VAE, AutoencoderConfig, vae_loss
+from t2ilearn.models.layers import QuickGELU, ResidualBlock, TransformerBlock
+from t2ilearn.models.quantizers import FSQ, EMAQuantizer, VectorQuantizer
+from t2ilearn.models.sampling import sample, sample_from_logits, sample_steps
+from t2ilearn.models.tokens import null_caption
+from t2ilearn.models.transformer import PriorConfig, TransformerPrior, prior_loss
 
 LARGEST: dict[str, float] = {}
 
@@ -53,7 +48,7 @@ def agree(row: str, ours, theirs, atol: float = 1e-12) -> None:
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """Weights of a size at which nothing hides: biases and scales are not those of the start."""
+    """Weights large enough to show every difference: no bias is 0 and no scale is 1."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -86,7 +81,7 @@ def vq_pair():
 
 
 def quantized_by_both(ours, theirs, generator):
-    """Outputs, losses and gradients of a loss that also hears what the decoder hears."""
+    """Outputs, losses and gradients of a loss that also depends on the decoder's input."""
     z = torch.randn(3, 5, 4, 2, generator=generator, dtype=torch.float64)
     weight = torch.randn(z.shape, generator=generator, dtype=torch.float64)
     z1, z2 = z.clone().requires_grad_(), z.clone().requires_grad_()
@@ -98,7 +93,7 @@ def quantized_by_both(ours, theirs, generator):
     return output, loss, z1.grad, z_q, their_loss, indices, z2.grad
 
 
-def test_the_gradient_quantizer_is_diffusers(vq_pair, generator):
+def test_the_gradient_quantizer_equals_that_of_diffusers(vq_pair, generator):
     ours, theirs = vq_pair(legacy=False)
     output, loss, grad, z_q, their_loss, indices, their_grad = quantized_by_both(
         ours, theirs, generator
@@ -110,8 +105,8 @@ def test_the_gradient_quantizer_is_diffusers(vq_pair, generator):
     agree("VectorQuantizer, gradient to codebook", ours.codebook.grad, theirs.embedding.weight.grad)
 
 
-def test_the_famous_bug_has_the_same_loss_and_other_gradients(vq_pair, generator):
-    # β on the wrong term, diffusers' and taming's default. A test of values cannot see it.
+def test_beta_on_the_wrong_term_has_the_same_loss_and_other_gradients(vq_pair, generator):
+    # β on the wrong term, the default of diffusers and taming. The values are the same.
     ours, theirs = vq_pair(legacy=True)
     _, loss, grad, _, their_loss, _, their_grad = quantized_by_both(ours, theirs, generator)
     assert torch.allclose(loss, their_loss, atol=1e-12)
@@ -120,7 +115,7 @@ def test_the_famous_bug_has_the_same_loss_and_other_gradients(vq_pair, generator
 
 
 @pytest.mark.parametrize("cosine", [False, True])
-def test_the_ema_quantizer_is_vector_quantize_pytorch_s(cosine, generator):
+def test_the_ema_quantizer_equals_that_of_vector_quantize_pytorch(cosine, generator):
     peer = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
     ours = EMAQuantizer(11, 5, cosine=cosine, decay=0.9)
@@ -156,7 +151,7 @@ def test_the_ema_quantizer_is_vector_quantize_pytorch_s(cosine, generator):
 
 
 @pytest.mark.parametrize("levels, dims", [(3, 4), (4, 3), (5, 3), (8, 2)])
-def test_fsq_is_vector_quantize_pytorch_s(levels, dims, generator):
+def test_fsq_equals_that_of_vector_quantize_pytorch(levels, dims, generator):
     # One convention: the first number counts units, and an even grid reaches −1 but not 1.
     peer = pytest.importorskip("vector_quantize_pytorch")
     ours, theirs = FSQ(levels**dims, dims), peer.FSQ([levels] * dims)
@@ -172,11 +167,11 @@ def test_fsq_is_vector_quantize_pytorch_s(levels, dims, generator):
     agree("FSQ, grid", ours.embeddings(), theirs.implicit_codebook, 1e-6)
 
 
-# ---------------------------------------------------------------- bricks and the VAE
+# ---------------------------------------------------------------- layers and the VAE
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 16)])
-def test_the_residual_block_is_diffusers(sizes, generator):
+def test_the_residual_block_equals_that_of_diffusers(sizes, generator):
     peer = pytest.importorskip("diffusers.models.resnet")
     ours = randomised(ResidualBlock(*sizes))
     theirs = peer.ResnetBlock2D(
@@ -188,19 +183,19 @@ def test_the_residual_block_is_diffusers(sizes, generator):
     agree("ResidualBlock", ours(x), theirs(x, None))
 
 
-def test_the_vae_s_divergence_and_draw_are_diffusers(generator):
+def test_the_kl_term_and_the_sample_of_the_vae_equal_those_of_diffusers(generator):
     peer = pytest.importorskip("diffusers.models.autoencoders.vae")
-    model = randomised(VAE(VQVAEConfig(16, (8,), 1, code_dim=3)))
+    model = randomised(VAE(AutoencoderConfig(16, (8,), 1, code_dim=3)))
     x = torch.rand(2, 3, 16, 16, generator=generator, dtype=torch.float64)
     output = model(x, torch.Generator().manual_seed(5))
     theirs = peer.DiagonalGaussianDistribution(torch.cat([output.mean, output.log_variance], 1))
-    divergence = vae_loss(x, output).kl * x[0].numel()
-    agree("VAE, KL divergence", divergence / 100, theirs.kl().mean() / 100)
+    kl = vae_loss(x, output).kl * x[0].numel()
+    agree("VAE, KL divergence", kl / 100, theirs.kl().mean() / 100)
     z = theirs.sample(torch.Generator().manual_seed(5))
-    agree("VAE, decoded draw", output.reconstruction, model.decoder(z))
+    agree("VAE, decoded sample", output.reconstruction, model.decoder(z))
 
 
-def test_blocks_with_quickgelu_are_clip_s_text_tower(generator):
+def test_transformer_blocks_with_quick_gelu_equal_the_text_encoder_of_clip(generator):
     peer = pytest.importorskip("transformers")
     config = peer.CLIPTextConfig(
         vocab_size=13,
@@ -242,13 +237,13 @@ PAIRS = {  # ours: GPT-2's, and whether its Conv1D holds the transpose
     "mlp.0": ("mlp.c_fc", True),
     "mlp.2": ("mlp.c_proj", True),
 }
-CODES, SIDE, WIDTH, DEPTH = 9, 3, 12, 2
+CODEBOOK_SIZE, SIDE, DIM, LAYERS = 9, 3, 12, 2
 N = SIDE**2
 
 
 def pairs_of_parameters(ours, theirs):
     """(name, our parameter, theirs, whether one is the other's transpose)."""
-    yield "codes", ours.image_embedding.weight, theirs.transformer.wte.weight, False
+    yield "image embedding", ours.image_embedding.weight, theirs.transformer.wte.weight, False
     for part in ("weight", "bias"):
         yield "norm", getattr(ours.norm, part), getattr(theirs.transformer.ln_f, part), False
     for i, (block, layer) in enumerate(zip(ours.blocks, theirs.transformer.h, strict=True)):
@@ -263,12 +258,12 @@ def pairs_of_parameters(ours, theirs):
 def gpt2_pair():
     """Our prior without captions, and GPT-2 with its weights; GPT-2 has one position more."""
     peer = pytest.importorskip("transformers")
-    ours = randomised(TransformerPrior(PriorConfig(CODES, SIDE, WIDTH, DEPTH, heads=3)))
+    ours = randomised(TransformerPrior(PriorConfig(CODEBOOK_SIZE, SIDE, DIM, LAYERS, num_heads=3)))
     config = peer.GPT2Config(
-        vocab_size=CODES,
+        vocab_size=CODEBOOK_SIZE,
         n_positions=N + 1,
-        n_embd=WIDTH,
-        n_layer=DEPTH,
+        n_embd=DIM,
+        n_layer=LAYERS,
         n_head=3,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -286,25 +281,28 @@ def gpt2_pair():
 
 
 def embedded(ours, theirs, indices):
-    """GPT-2 has no start token: it gets ours as an embedding."""
+    """GPT-2 has no start token; ours is given as an embedding."""
     return torch.cat(
         [ours.start.detach().expand(len(indices), -1, -1), theirs.transformer.wte(indices)], dim=1
     )
 
 
-def test_the_transformer_prior_is_gpt_2(gpt2_pair, generator):
+def test_the_transformer_prior_equals_gpt_2(gpt2_pair, generator):
     ours, theirs = copy.deepcopy(gpt2_pair)
-    indices = torch.randint(CODES, (3, N), generator=generator)
+    indices = torch.randint(CODEBOOK_SIZE, (3, N), generator=generator)
     logits = theirs(inputs_embeds=embedded(ours, theirs, indices)[:, :N]).logits
     agree("TransformerPrior, logits", ours(indices), logits)
-    single = ours.float()(indices), theirs.float()(inputs_embeds=embedded(ours, theirs, indices)).logits
+    single = (
+        ours.float()(indices),
+        theirs.float()(inputs_embeds=embedded(ours, theirs, indices)).logits,
+    )
     agree("TransformerPrior, logits in float32", single[0], single[1][:, :N], 1e-5)
 
 
-def test_the_prior_s_loss_and_gradients_are_gpt_2_s(gpt2_pair, generator):
+def test_the_prior_loss_and_its_gradients_equal_those_of_gpt_2(gpt2_pair, generator):
     ours, theirs = copy.deepcopy(gpt2_pair)
-    indices = torch.randint(CODES, (3, N), generator=generator)
-    # GPT-2 shifts by itself: the logits at the start token are held against the first code.
+    indices = torch.randint(CODEBOOK_SIZE, (3, N), generator=generator)
+    # GPT-2 shifts the labels: the logits at the start token predict the first image token.
     labels = F.pad(indices, (1, 0), value=-100)
     their_loss = theirs(inputs_embeds=embedded(ours, theirs, indices), labels=labels).loss
     loss = prior_loss(ours(indices), indices).total
@@ -321,7 +319,7 @@ def test_the_prior_s_loss_and_gradients_are_gpt_2_s(gpt2_pair, generator):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_drawing_is_gpt_2_s(gpt2_pair, use_cache, generator):
+def test_greedy_sampling_equals_that_of_gpt_2(gpt2_pair, use_cache, generator):
     ours, theirs = gpt2_pair
     indices = torch.zeros(1, 0, dtype=torch.int64)
     for _ in range(N):
@@ -331,9 +329,9 @@ def test_greedy_drawing_is_gpt_2_s(gpt2_pair, use_cache, generator):
     assert torch.equal(sample(ours, generator=generator, **how), indices)
 
 
-def test_cached_drawing_meets_gpt_2_s_logits_at_every_step(gpt2_pair, generator):
+def test_cached_sampling_has_the_logits_of_gpt_2_at_every_step(gpt2_pair, generator):
     ours, theirs = gpt2_pair
-    indices = torch.randint(CODES, (2, N), generator=generator)
+    indices = torch.randint(CODEBOOK_SIZE, (2, N), generator=generator)
     logits = theirs(inputs_embeds=embedded(ours, theirs, indices)).logits
     caches = ours.new_caches(2)
     with torch.no_grad():
@@ -342,10 +340,10 @@ def test_cached_drawing_meets_gpt_2_s_logits_at_every_step(gpt2_pair, generator)
             agree("TransformerPrior, cached logits", step, logits[:, i])
 
 
-# ---------------------------------------------------------------- drawing
+# ---------------------------------------------------------------- sampling
 
 
-def test_temperature_top_k_and_top_p_are_transformers(monkeypatch, generator):
+def test_temperature_top_k_and_top_p_equal_those_of_transformers(monkeypatch, generator):
     peer = pytest.importorskip("transformers").generation.logits_process
     logits = 2 * torch.randn(50, 20, generator=generator)
     seen = []
@@ -365,17 +363,22 @@ def test_temperature_top_k_and_top_p_are_transformers(monkeypatch, generator):
         if top_p:
             scores = peer.TopPLogitsWarper(top_p)(None, scores)
         assert torch.equal(seen[-1] > 0, scores > -torch.inf)
-        agree("choose, probabilities", seen[-1], scores.softmax(1), 1e-6)
+        agree("sample_from_logits, probabilities", seen[-1], scores.softmax(1), 1e-6)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_guidance_is_transformers(monkeypatch, use_cache, generator):
+def test_guidance_equals_that_of_transformers(monkeypatch, use_cache, generator):
     peer = pytest.importorskip("transformers").generation.logits_process
-    model = randomised(TransformerPrior(PriorConfig(CODES, SIDE, WIDTH, DEPTH, 3, 8, 4)))
+    model = randomised(TransformerPrior(PriorConfig(CODEBOOK_SIZE, SIDE, DIM, LAYERS, 3, 8, 4)))
     caption = torch.randint(3, 8, (2, 4), generator=generator)
-    indices = torch.randint(CODES, (2, N), generator=generator)
+    indices = torch.randint(CODEBOOK_SIZE, (2, N), generator=generator)
     seen = []
-    monkeypatch.setattr(sampling, "sample_from_logits", lambda x, *_: seen.append(x) or indices[:, len(seen) - 1])
+
+    def forced(logits, *_):
+        seen.append(logits)
+        return indices[:, len(seen) - 1]
+
+    monkeypatch.setattr(sampling, "sample_from_logits", forced)
     list(sample_steps(model, caption, guidance_scale=3.0, use_cache=use_cache))
     both = torch.cat([model(indices, caption), model(indices, null_caption(2, 4))])
     guide = peer.ClassifierFreeGuidanceLogitsProcessor(3.0)
@@ -387,7 +390,7 @@ def test_guidance_is_transformers(monkeypatch, use_cache, generator):
 
 
 class AsTheyAre(nn.Module):
-    """Features pass through, in the place of an Inception network."""
+    """The identity, instead of an Inception network."""
 
     num_features = 6
 
@@ -395,7 +398,7 @@ class AsTheyAre(nn.Module):
         return x
 
 
-def test_the_frechet_distance_is_pytorch_fid_s():
+def test_the_frechet_distance_equals_that_of_pytorch_fid():
     peer = pytest.importorskip("pytorch_fid.fid_score")
     mix = features(6, 6, 3)
     for real, fake in (
@@ -411,7 +414,7 @@ def covariance(x):
     return np.cov(x, rowvar=False)
 
 
-def test_the_frechet_distance_is_torchmetrics():
+def test_the_frechet_distance_equals_that_of_torchmetrics():
     peer = pytest.importorskip("torchmetrics.image.fid")
     theirs = peer.FrechetInceptionDistance(feature=AsTheyAre()).set_dtype(torch.float64)
     real, fake = features(80, 6, 1), features(50, 6, 2, 1.5, 0.4)
@@ -421,7 +424,7 @@ def test_the_frechet_distance_is_torchmetrics():
 
 
 @pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save all")
-def test_the_kernel_distance_is_torchmetrics():
+def test_the_kernel_distance_equals_that_of_torchmetrics():
     peer = pytest.importorskip("torchmetrics.image.kid")
     theirs = peer.KernelInceptionDistance(feature=AsTheyAre(), subsets=1, subset_size=40)
     real, fake = features(40, 6, 1), features(40, 6, 2, 1.5, 0.4)
@@ -431,7 +434,7 @@ def test_the_kernel_distance_is_torchmetrics():
     agree("kernel distance, torchmetrics", kernel_distance(real, fake), value, 1e-12)
 
 
-def test_psnr_is_torchmetrics(generator):
+def test_psnr_equals_that_of_torchmetrics(generator):
     peer = pytest.importorskip("torchmetrics.functional.image")
     a, b = 2 * torch.rand(2, 4, 3, 8, 8, generator=generator, dtype=torch.float64) - 1
     theirs = peer.peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3))
@@ -439,7 +442,7 @@ def test_psnr_is_torchmetrics(generator):
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_and_recall_are_the_brute_force(k):
+def test_precision_and_recall_equal_brute_force(k):
     real, fake = features(40, 4, 1), features(50, 4, 2, 1.2, 0.7)
 
     def inside(points, centres):
@@ -459,7 +462,7 @@ def test_precision_and_recall_are_the_brute_force(k):
     agree("precision and recall, brute force", precision_recall(real, fake, k), theirs)
 
 
-def test_perplexity_is_scipy_s_entropy(generator):
+def test_perplexity_equals_the_entropy_of_scipy(generator):
     stats = pytest.importorskip("scipy.stats")
     indices = torch.randint(40, (300,), generator=generator) ** 2 // 40
     theirs = np.exp(stats.entropy(np.bincount(indices.numpy())))

@@ -1,4 +1,4 @@
-"""DALL·E's draws, likelihoods and Transformer are the peers', in values and in gradients."""
+"""Gumbel-softmax, likelihood, KL term and Transformer of DALL·E equal their peers'."""
 
 import copy
 import math
@@ -14,25 +14,25 @@ from test_conformance import (
 )
 from torch import distributions
 
-from t2ilearn import prior
-from t2ilearn.dalle import (
-    DALLE,
+from t2ilearn.models import sampling
+from t2ilearn.models.dalle import DALLE, dalle_loss
+from t2ilearn.models.dvae import (
     DVAE,
     DVAEConfig,
     DVAEOutput,
-    dalle_loss,
     dvae_loss,
     gumbel_noise,
-    logit_laplace,
     gumbel_softmax,
-    squeeze,
+    logit_laplace,
+    map_pixels,
 )
-from t2ilearn.prior import PriorConfig, sample, sample_steps
-from t2ilearn.tokens import END, PAD, null_caption
+from t2ilearn.models.sampling import sample, sample_steps
+from t2ilearn.models.tokens import END, PAD, null_caption
+from t2ilearn.models.transformer import PriorConfig
 
-CODES, SIDE, WIDTH, DEPTH, WORDS, VOCABULARY = 9, 3, 12, 2, 5, 11
+CODEBOOK_SIZE, SIDE, DIM, LAYERS, TEXT, VOCABULARY = 9, 3, 12, 2, 5, 11
 N = SIDE**2
-TOTAL = 1 + WORDS + 1 + N  # start, words, start of the picture, codes
+TOTAL = 1 + TEXT + 1 + N  # start, text, start of the image, image
 
 
 def doubles(generator, *shape):
@@ -43,7 +43,7 @@ def doubles(generator, *shape):
 
 
 @pytest.mark.parametrize("temperature", [0.0625, 0.5, 1.0, 3.0])
-def test_the_relaxed_draw_is_torch_s_gumbel_softmax(temperature, generator):
+def test_gumbel_softmax_equals_that_of_torch(temperature, generator):
     logits, weight = doubles(generator, 2, 2, 7, 3, 3).unbind()
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     torch.manual_seed(3)
@@ -51,16 +51,18 @@ def test_the_relaxed_draw_is_torch_s_gumbel_softmax(temperature, generator):
     torch.manual_seed(3)
     peer = F.gumbel_softmax(theirs, temperature, dim=1)
     mine = gumbel_softmax(ours, g, temperature)
-    agree("relaxed draw, gumbel_softmax", mine, peer)
+    agree("Gumbel-softmax, torch", mine, peer)
     (weight * mine).sum().backward()
     (weight * peer).sum().backward()
     assert ours.grad.any()
-    agree("relaxed draw, gradient", ours.grad, theirs.grad)
+    agree("Gumbel-softmax, gradient", ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
-def test_the_relaxed_draw_is_the_concrete_distribution_s(monkeypatch, temperature, generator):
-    """RelaxedOneHotCategorical, fed the same u: noise and draw together."""
+def test_gumbel_softmax_equals_the_relaxed_one_hot_categorical_of_torch(
+    monkeypatch, temperature, generator
+):
+    """RelaxedOneHotCategorical with the same u: noise and sample together."""
     logits = doubles(generator, 2, 3, 7)
     u = torch.rand(2, 3, 7, generator=generator, dtype=torch.float64)
     gumbel = distributions.relaxed_categorical
@@ -71,10 +73,10 @@ def test_the_relaxed_draw_is_the_concrete_distribution_s(monkeypatch, temperatur
     monkeypatch.setattr(torch, "rand", lambda *_, **__: u)
     g = gumbel_noise((2, 3, 7), generator, torch.float64)
     mine = gumbel_softmax(logits.movedim(-1, 1), g.movedim(-1, 1), temperature).movedim(1, -1)
-    agree("relaxed draw, RelaxedOneHotCategorical", mine, peer)
+    agree("Gumbel-softmax, RelaxedOneHotCategorical", mine, peer)
 
 
-def test_the_likelihood_is_a_laplace_through_the_sigmoid(generator):
+def test_the_likelihood_equals_a_laplace_distribution_through_the_sigmoid(generator):
     mean, log_scale, where, weight = doubles(generator, 4, 3, 4, 4).unbind()
     x = map_pixels(where.tanh())
     inputs = [[t.clone().requires_grad_() for t in (x, mean, log_scale)] for _ in range(2)]
@@ -92,14 +94,14 @@ def test_the_likelihood_is_a_laplace_through_the_sigmoid(generator):
         agree("logit-Laplace, gradients", a.grad, b.grad, 1e-10)
 
 
-def test_the_divergence_is_torch_s_kl_to_uniform(generator):
+def test_the_kl_term_equals_that_of_torch_to_the_uniform_distribution(generator):
     ours = doubles(generator, 2, 6, 4, 4).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     x = torch.zeros(2, 3, 16, 16, dtype=torch.float64)
     mine = dvae_loss(x, DVAEOutput(ours, x, x)).kl
     q = distributions.Categorical(logits=theirs.movedim(1, -1))
     uniform = distributions.Categorical(logits=torch.zeros_like(theirs.movedim(1, -1)))
-    # For each picture the sum over its codes, over the numbers that a picture has: the paper's
+    # For each picture the sum over its tokens, divided by its number of values: the paper's
     # loss is divided by 256 · 256 · 3, where `F.kl_div(…, reduction="batchmean")` divides by B.
     peer = distributions.kl_divergence(q, uniform).sum((1, 2)).mean() / (3 * 16 * 16)
     agree("dVAE, KL to uniform", mine, peer)
@@ -109,7 +111,7 @@ def test_the_divergence_is_torch_s_kl_to_uniform(generator):
     agree("dVAE, KL's gradient", ours.grad, theirs.grad)
 
 
-def test_the_whole_bound_is_torch_s_distributions_with_every_gradient(generator):
+def test_the_dvae_loss_and_every_gradient_equal_those_of_torch_distributions(generator):
     sizes = {"resolution": 16, "channels": (16, 32), "blocks": 1, "codebook_size": 6, "code_dim": 5}
     ours = randomised(DVAE(DVAEConfig(**sizes)))
     theirs = copy.deepcopy(ours)
@@ -140,21 +142,21 @@ def test_the_whole_bound_is_torch_s_distributions_with_every_gradient(generator)
 
 @pytest.fixture(scope="module")
 def gpt2_pair():
-    """Ours, and GPT-2 over one vocabulary of words ⊕ codes, with our weights in it.
+    """Ours, and GPT-2 over one vocabulary of text ⊕ image tokens, with our weights in it.
 
-    What GPT-2 has not, two starts and a vector where a word is missing, it gets as embeddings.
+    What GPT-2 does not have, two starts and a vector instead of padding, is given as embeddings.
     """
     peer = pytest.importorskip("transformers")
-    ours = randomised(DALLE(PriorConfig(CODES, SIDE, WIDTH, DEPTH, 3, VOCABULARY, WORDS)))
-    with torch.no_grad():  # so strong that greedy drawing is no monotone
+    ours = randomised(DALLE(PriorConfig(CODEBOOK_SIZE, SIDE, DIM, LAYERS, 3, VOCABULARY, TEXT)))
+    with torch.no_grad():  # so large that greedy sampling does not repeat one token
         for name, parameter in ours.named_parameters():
             parameter.mul_(1.5).add_("norm" in name and name.endswith("weight"))
         ours.norm.bias.mul_(0.1)
     config = peer.GPT2Config(
-        vocab_size=VOCABULARY + CODES,
+        vocab_size=VOCABULARY + CODEBOOK_SIZE,
         n_positions=TOTAL,
-        n_embd=WIDTH,
-        n_layer=DEPTH,
+        n_embd=DIM,
+        n_layer=LAYERS,
         n_head=3,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -167,12 +169,12 @@ def gpt2_pair():
     assert theirs.lm_head.weight is rows
     with torch.no_grad():
         places = (ours.row + ours.column).flatten(0, 1)
-        nowhere = torch.zeros(1, WIDTH, dtype=torch.float64)
+        nowhere = torch.zeros(1, DIM, dtype=torch.float64)
         theirs.transformer.wpe.weight.copy_(
             torch.cat([nowhere, ours.word_position, nowhere, places])
         )
         for name, a, b, transposed in pairs_of_parameters(ours, theirs):
-            if name != "codebook_size":
+            if name != "image embedding":
                 b.copy_(a.T if transposed else a)
         rows[:VOCABULARY] = ours.text_embedding.weight
         rows[VOCABULARY:] = ours.image_embedding.weight
@@ -181,7 +183,7 @@ def gpt2_pair():
 
 @pytest.fixture
 def indices(generator):
-    return torch.randint(CODES, (3, N), generator=generator)
+    return torch.randint(CODEBOOK_SIZE, (3, N), generator=generator)
 
 
 @pytest.fixture
@@ -190,56 +192,56 @@ def caption():
 
 
 def extras(ours):
-    """Two starts, and what stands in for words: leaves of GPT-2's graph with our numbers."""
+    """Two starts, and what replaces padding: leaves of GPT-2's graph with our numbers."""
     parts = (ours.starts, ours.padding)
     return [part.detach().clone().requires_grad_() for part in parts]
 
 
 def embedded(theirs, starts, padding, indices, caption):
-    """The stream as GPT-2 reads it, without its positions: (B, 2 + T + codes, D)."""
-    look_up = theirs.transformer.wte
+    """The inputs of GPT-2 without its positions: (B, 2 + T + N, D)."""
+    lookup = theirs.transformer.wte
     first, second = starts.expand(-1, len(indices), -1, -1)
-    words = torch.where((caption != PAD)[..., None], look_up(caption), padding)
-    return torch.cat([first, words, second, look_up(indices + VOCABULARY)], dim=1)
+    text = torch.where((caption != PAD)[..., None], lookup(caption), padding)
+    return torch.cat([first, text, second, lookup(indices + VOCABULARY)], dim=1)
 
 
-def logits_of(theirs, stream):
-    """GPT-2's logits over words ⊕ codes, of each kind what can come there."""
-    logits = theirs(inputs_embeds=stream).logits
-    return logits[:, :WORDS, :VOCABULARY], logits[:, WORDS + 1 :, VOCABULARY:]
+def logits_of(theirs, inputs):
+    """GPT-2's logits of the text tokens and of the image tokens, each at its own places."""
+    logits = theirs(inputs_embeds=inputs).logits
+    return logits[:, :TEXT, :VOCABULARY], logits[:, TEXT + 1 :, VOCABULARY:]
 
 
-def test_the_transformer_is_gpt_2_over_words_and_codes(gpt2_pair, indices, caption):
+def test_the_transformer_equals_gpt_2_over_text_and_image_tokens(gpt2_pair, indices, caption):
     ours, theirs = copy.deepcopy(gpt2_pair)
-    stream = embedded(theirs, *extras(ours), indices[:, :-1], caption)
-    words, picture = logits_of(theirs, stream)
+    inputs = embedded(theirs, *extras(ours), indices[:, :-1], caption)
+    text, image = logits_of(theirs, inputs)
     mine = ours(indices, caption)
-    agree("DALLE, logits of words", mine.words, words)
-    agree("DALLE, logits of codes", mine.picture, picture)
-    assert words.abs().max() > 0.1 and picture.abs().max() > 0.1
-    words, picture = logits_of(theirs.float(), stream.float())
+    agree("DALLE, logits of text", mine.text, text)
+    agree("DALLE, logits of image", mine.image, image)
+    assert text.abs().max() > 0.1 and image.abs().max() > 0.1
+    text, image = logits_of(theirs.float(), inputs.float())
     mine = ours.float()(indices, caption)
-    agree("DALLE, logits in float32", mine.words, words, 1e-5)
-    agree("DALLE, logits in float32", mine.picture, picture, 1e-5)
+    agree("DALLE, logits in float32", mine.text, text, 1e-5)
+    agree("DALLE, logits in float32", mine.image, image, 1e-5)
 
 
-def test_the_loss_in_two_parts_and_its_gradients_are_gpt_2_s(gpt2_pair, indices, caption):
+def test_the_loss_in_two_parts_and_its_gradients_equal_those_of_gpt_2(gpt2_pair, indices, caption):
     ours, theirs = copy.deepcopy(gpt2_pair)
     mine = dalle_loss(ours(indices, caption), caption, indices)
     starts, padding = extras(ours)
-    words, picture = logits_of(theirs, embedded(theirs, starts, padding, indices[:, :-1], caption))
+    text, image = logits_of(theirs, embedded(theirs, starts, padding, indices[:, :-1], caption))
     labels = caption.masked_fill(caption == PAD, -100)
-    of_words = F.cross_entropy(words.flatten(0, 1), labels.flatten())
-    of_codes = F.cross_entropy(picture.flatten(0, 1), indices.flatten())
-    loss = of_words / 8 + 7 * of_codes / 8
-    agree("DALLE, cross-entropy of words", mine.words, of_words)
-    agree("DALLE, cross-entropy of codes", mine.picture, of_codes)
+    of_text = F.cross_entropy(text.flatten(0, 1), labels.flatten())
+    of_image = F.cross_entropy(image.flatten(0, 1), indices.flatten())
+    loss = of_text / 8 + 7 * of_image / 8
+    agree("DALLE, cross-entropy of text", mine.text, of_text)
+    agree("DALLE, cross-entropy of image", mine.image, of_image)
     agree("DALLE, loss", mine.total, loss)
     mine.total.backward()
     loss.backward()
     row = "DALLE, gradients"
     for name, a, b, transposed in pairs_of_parameters(ours, theirs):
-        if name != "codebook_size":
+        if name != "image embedding":
             assert a.grad.any(), name
             agree(row, a.grad, b.grad.T if transposed else b.grad)
     both = torch.cat([ours.text_embedding.weight.grad, ours.image_embedding.weight.grad])
@@ -247,51 +249,60 @@ def test_the_loss_in_two_parts_and_its_gradients_are_gpt_2_s(gpt2_pair, indices,
     agree(row, ours.starts.grad, starts.grad)
     agree(row, ours.padding.grad, padding.grad)
     places = theirs.transformer.wpe.weight.grad
-    agree(row, ours.word_position.grad, places[1 : 1 + WORDS])
-    of_codes = places[2 + WORDS :].unflatten(0, (SIDE, SIDE))
-    agree(row, ours.row.grad, of_codes.sum(1, keepdim=True))
-    agree(row, ours.column.grad, of_codes.sum(0))
+    agree(row, ours.word_position.grad, places[1 : 1 + TEXT])
+    of_image = places[2 + TEXT :].unflatten(0, (SIDE, SIDE))
+    agree(row, ours.row.grad, of_image.sum(1, keepdim=True))
+    agree(row, ours.column.grad, of_image.sum(0))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_drawing_is_gpt_2_s_with_its_own_cache(gpt2_pair, use_cache, caption, generator):
+def test_greedy_sampling_equals_that_of_gpt_2_with_its_own_cache(
+    gpt2_pair, use_cache, caption, generator
+):
     ours, theirs = gpt2_pair
     starts, padding = extras(ours)
     indices, past = torch.zeros(3, 0, dtype=torch.int64), None
     with torch.no_grad():
-        stream = embedded(theirs, starts, padding, indices, caption)
+        inputs = embedded(theirs, starts, padding, indices, caption)
         for _ in range(N):
-            output = theirs(inputs_embeds=stream, past_key_values=past, use_cache=True)
+            output = theirs(inputs_embeds=inputs, past_key_values=past, use_cache=True)
             past = output.past_key_values
             new = output.logits[:, -1, VOCABULARY:].argmax(1, keepdim=True)
-            indices, stream = torch.cat([indices, new], 1), theirs.transformer.wte(new + VOCABULARY)
+            indices, inputs = torch.cat([indices, new], 1), theirs.transformer.wte(new + VOCABULARY)
     how = {"temperature": 0.0, "use_cache": use_cache}
     assert torch.equal(sample(ours, caption, generator=generator, **how), indices)
     assert indices.unique().numel() > 2
 
 
-def test_cached_drawing_meets_gpt_2_s_logits_at_every_step(gpt2_pair, indices, caption):
+def test_cached_sampling_has_the_logits_of_gpt_2_at_every_step(gpt2_pair, indices, caption):
     ours, theirs = gpt2_pair
-    _, picture = logits_of(theirs, embedded(theirs, *extras(ours), indices[:, :-1], caption))
+    _, image = logits_of(theirs, embedded(theirs, *extras(ours), indices[:, :-1], caption))
     caches = ours.new_caches(3)
     with torch.no_grad():
         for i in range(N):
             step = ours.next_logits(indices[:, :i], caption, caches)
-            agree("DALLE, cached logits", step, picture[:, i])
+            agree("DALLE, cached logits", step, image[:, i])
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_guidance_is_min_dalle_s(monkeypatch, gpt2_pair, use_cache, scale, indices, caption):
+def test_guidance_equals_that_of_min_dalle(
+    monkeypatch, gpt2_pair, use_cache, scale, indices, caption
+):
     """uncond · (1 − s) + cond · s, of GPT-2's logits under both captions."""
     ours, theirs = gpt2_pair
     seen = []
-    monkeypatch.setattr(sampling, "sample_from_logits", lambda x, *_: seen.append(x) or indices[:, len(seen) - 1])
+
+    def forced(logits, *_):
+        seen.append(logits)
+        return indices[:, len(seen) - 1]
+
+    monkeypatch.setattr(sampling, "sample_from_logits", forced)
     list(sample_steps(ours, caption, guidance_scale=scale, use_cache=use_cache))
     starts, padding = extras(ours)
     cond, uncond = (
-        logits_of(theirs, embedded(theirs, starts, padding, indices[:, :-1], words))[1]
-        for words in (caption, null_caption(3, WORDS))
+        logits_of(theirs, embedded(theirs, starts, padding, indices[:, :-1], text))[1]
+        for text in (caption, null_caption(3, TEXT))
     )
     assert (cond - uncond).abs().max() > 0.01
     agree("DALLE, guidance", torch.stack(seen, 1), uncond * (1 - scale) + cond * scale, 1e-11)

@@ -1,7 +1,7 @@
-"""The released VQGANs' networks are those of the authors' own package, number for number.
+"""The networks of the released VQGANs equal those of the authors' own package, number for number.
 
 taming-transformers is built from its modules with random weights; nothing is downloaded. At full
-size the weights pass through a file laid out like the released ones, and through our converter.
+size the weights go through a file with the layout of the released ones, and our converter.
 """
 
 import copy
@@ -9,16 +9,17 @@ import copy
 import pytest
 import torch
 from test_conformance import agree, randomised, table  # noqa: F401 - `table` prints by itself
-from test_taming import pretend_lightning
+from test_pretrained import pretend_lightning
 from torch import nn
 
-from t2ilearn.taming import RELEASED, TamingConfig
-from t2ilearn.vqgan import VQGAN
-from t2ilearn.weights import load_taming, taming_key
+from t2ilearn.models.taming import RELEASED, TamingConfig, make_taming_vqgan
+from t2ilearn.pretrained.taming import load_taming, taming_key
 
 # Not 32 channels: in groups of one the biases before a norm would have no gradient.
 SMALL = TamingConfig(32, 64, (1, 2, 2), 2, attention_at=(16,), codebook_size=11, code_dim=5)
-SMALL_GUMBEL = TamingConfig(16, 64, (1, 2), 1, (16, 8), codebook_size=9, code_dim=4, quantizer="gumbel")
+SMALL_GUMBEL = TamingConfig(
+    16, 64, (1, 2), 1, (16, 8), codebook_size=9, code_dim=4, quantizer="gumbel"
+)
 
 
 def peer(config: TamingConfig) -> nn.Module:
@@ -44,7 +45,7 @@ def peer(config: TamingConfig) -> nn.Module:
     theirs.quant_conv = nn.Conv2d(config.code_dim, config.code_dim, 1)
     theirs.post_quant_conv = nn.Conv2d(config.code_dim, config.code_dim, 1)
     if config.quantizer == "gumbel":
-        theirs.quantize = quantize.GumbelQuantize(config.code_dim, config.code_dim, config.codebook_size)
+        theirs.quantize = quantize.GumbelQuantize(*2 * [config.code_dim], config.codebook_size)
     else:  # legacy would put β on the wrong term
         theirs.quantize = quantize.VectorQuantizer2(
             config.codebook_size, config.code_dim, beta=0.25, legacy=False, sane_index_shape=True
@@ -88,13 +89,13 @@ def pictures(generator, size, count=1, dtype=torch.float32):
 
 def small_pair(config):
     theirs = randomised(peer(config))
-    ours = VQGAN(config).double().eval()
+    ours = make_taming_vqgan(config).double().eval()
     state = {k: theirs.state_dict().get(taming_key(k), v) for k, v in ours.state_dict().items()}
     ours.load_state_dict(state, strict=True)
     return ours, theirs
 
 
-def test_a_small_vqgan_is_taming_s_from_picture_to_gradient(generator):
+def test_a_small_vqgan_equals_that_of_taming_from_picture_to_gradient(generator):
     ours, theirs = small_pair(SMALL)
     x = pictures(generator, 32, 2, torch.float64)
     z = encode(theirs, x)
@@ -115,21 +116,23 @@ def test_a_small_vqgan_is_taming_s_from_picture_to_gradient(generator):
     agree_in_gradients("VQGAN small, gradients", ours, theirs, 1e-9)
 
 
-def test_a_small_gumbel_vqgan_is_taming_s_with_the_same_noise(generator):
+def test_a_small_gumbel_vqgan_equals_that_of_taming_with_the_same_noise(generator):
     ours, theirs = (model.train() for model in small_pair(SMALL_GUMBEL))
     ours.quantizer.temperature = theirs.quantize.temperature = 0.7
     x = pictures(generator, 16, 2, torch.float64)
     torch.manual_seed(3)
-    output = ours(x)
+    noise = -torch.empty(2, 9, 8, 8, dtype=torch.float64).exponential_().log()  # as they draw it
+    quantized = ours.quantizer(ours.encode(x), noise)
+    reconstruction = ours.decoder(quantized.z_q)
     torch.manual_seed(3)
     z_q, their_loss, (_, _, indices) = theirs.quantize(encode(theirs, x))
     decoded = decode(theirs, z_q)
-    assert torch.equal(output.quantized.indices, indices) and indices.unique().numel() > 5
-    agree_relatively("VQGAN Gumbel, reconstruction", output.reconstruction, decoded, 1e-9)
+    assert torch.equal(quantized.indices, indices) and indices.unique().numel() > 5
+    agree_relatively("VQGAN Gumbel, reconstruction", reconstruction, decoded, 1e-9)
     # Theirs keeps the logarithm finite by adding 1e-10.
-    agree_relatively("VQGAN Gumbel, KL term", output.quantized.codebook_loss, their_loss, 1e-8)
+    agree_relatively("VQGAN Gumbel, KL term", quantized.codebook_loss, their_loss, 1e-8)
     weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    ((weight * output.reconstruction).mean() + output.quantized.codebook_loss).backward()
+    ((weight * reconstruction).mean() + quantized.codebook_loss).backward()
     ((weight * decoded).mean() + their_loss).backward()
     agree_in_gradients("VQGAN Gumbel, gradients", ours, theirs, 1e-9)
 
@@ -138,9 +141,12 @@ def test_a_small_gumbel_vqgan_is_taming_s_with_the_same_noise(generator):
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_every_released_layout_is_taming_s_key_for_key(name):
+def test_every_released_layout_has_the_keys_and_shapes_of_taming(name):
     with torch.device("meta"):  # shapes without numbers
-        ours, theirs = VQGAN(RELEASED[name]).state_dict(), peer(RELEASED[name]).state_dict()
+        ours, theirs = (
+            make_taming_vqgan(RELEASED[name]).state_dict(),
+            peer(RELEASED[name]).state_dict(),
+        )
     ours.pop("quantizer.counts", None)
     assert {taming_key(k): t.shape for k, t in ours.items()} == {
         k: t.shape for k, t in theirs.items()
@@ -149,16 +155,16 @@ def test_every_released_layout_is_taming_s_key_for_key(name):
 
 @pytest.fixture(scope="module")
 def full_pair(tmp_path_factory):
-    """f16 with 16,384 codes: theirs, and ours, loaded from a file in the released layout."""
+    """f16 with 16,384 code vectors: theirs, and ours, loaded from a file in the released layout."""
     torch.manual_seed(0)
     theirs = peer(RELEASED["f16-16384"]).eval().requires_grad_(False)
     for parameter in theirs.parameters():
-        if parameter.ndim == 1:  # norms start at 1 and 0, where an exchange would not show
+        if parameter.ndim == 1:  # norms start at 1 and 0: equal before and after an exchange
             parameter.add_(0.1 * torch.randn_like(parameter))
     path = tmp_path_factory.mktemp("released") / "last.ckpt"
     with pytest.MonkeyPatch.context() as patch:
         callback = pretend_lightning(patch)
-        critic = {"loss.discriminator.main.0.weight": torch.ones(64, 3, 4, 4)}
+        discriminator = {"loss.discriminator.main.0.weight": torch.ones(64, 3, 4, 4)}
         trunk = {"loss.perceptual_loss.net.slice1.0.weight": torch.ones(64, 3, 3, 3)}
         content = {
             "epoch": 11,
@@ -167,7 +173,7 @@ def full_pair(tmp_path_factory):
             "callbacks": {callback: {"best_model_score": torch.ones(1), "self": callback()}},
             "optimizer_states": [{"state": {0: {"step": 1, "exp_avg": torch.ones(9)}}}],
             "lr_schedulers": [],
-            "state_dict": theirs.state_dict() | critic | trunk,
+            "state_dict": theirs.state_dict() | discriminator | trunk,
         }
         torch.save(content, path)
     ours = load_taming(path, "f16-16384")
@@ -176,14 +182,14 @@ def full_pair(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_full_f16_encodes_and_decodes_a_picture_as_taming_s(full_pair, generator):
+def test_the_full_f16_encodes_and_decodes_as_that_of_taming(full_pair, generator):
     ours, theirs = full_pair
     x = pictures(generator, 256)
     with torch.no_grad():
         z = encode(theirs, x)
         assert z.shape == (1, 256, 16, 16)
         agree_relatively("VQGAN f16-16384, z in float32", ours.encode(x), z, 1e-4)
-        # From shared encodings, in float64: at K = 16384 rounding alone would move a code or two.
+        # From shared encodings, in float64: at K = 16384 rounding alone changes a token or two.
         quantize, z = copy.deepcopy(theirs.quantize).double(), z.double()
         z_q, _, (_, _, indices) = quantize(z)
         assert torch.equal(copy.deepcopy(ours.quantizer).double().nearest(z), indices)
@@ -199,7 +205,9 @@ def test_the_full_f16_encodes_and_decodes_a_picture_as_taming_s(full_pair, gener
 @pytest.mark.parametrize(
     "dtype, size, tolerance", [(torch.float32, 64, 1e-4), (torch.float64, 32, 1e-9)]
 )
-def test_the_full_f16_has_taming_s_gradients(full_pair, dtype, size, tolerance, generator):
+def test_the_full_f16_has_the_gradients_of_that_of_taming(
+    full_pair, dtype, size, tolerance, generator
+):
     ours, theirs = (copy.deepcopy(model).to(dtype).requires_grad_() for model in full_pair)
     kind = str(dtype).removeprefix("torch.")
     x = pictures(generator, size, dtype=dtype)

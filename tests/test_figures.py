@@ -1,4 +1,4 @@
-"""Figures show what they were given, name what is wrong, and read on any ground."""
+"""Figures show their data, raise for wrong arguments, and are readable on any background."""
 
 import matplotlib.pyplot as plt
 import pytest
@@ -60,7 +60,7 @@ def test_grid_takes_values_out_of_range_without_changing_them():
     assert pictures.max() == 7
 
 
-def test_grid_says_what_is_wrong():
+def test_grid_raises_for_wrong_arguments():
     with pytest.raises(ValueError, match="2 pictures but 1 titles"):
         grid(torch.zeros(2, 3, 4, 4), ["one"])
     with pytest.raises(ValueError, match="columns"):
@@ -107,9 +107,9 @@ def test_bars_stand_between_floor_and_ceiling():
     assert texts_of(axes) == ["99.1", "71.2", "floor", "ceiling"]
 
 
-def test_usage_sorts_the_codes_and_says_how_many_are_used():
+def test_usage_sorts_the_indices_and_states_how_many_are_used():
     (axes,) = usage(torch.tensor([[3, 3, 3], [1, 1, 0]]), 8).axes
-    assert texts_of(axes) == ["38% of 8 codes in use, perplexity 3"]
+    assert texts_of(axes) == ["38% of 8 codes used, perplexity 3"]
     heights = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert heights.max() == 3
     with pytest.raises(ValueError, match="0 … 7"):

@@ -871,8 +871,9 @@ def test_a_folder_has_the_parts_of_a_world_and_no_judge(many):
     assert world.judge is None and world.reader is None and not world.measures
     with pytest.raises(CaptionError, match="No grammar reads .* 'a star'"):
         world.read("a star")
-    with pytest.raises(ValueError, match="state no facts"):
-        world.facts(None)
+    for compare in (world.facts, world.covers, world.unseen):
+        with pytest.raises(ValueError, match="state no facts"):
+            compare("a star")
     with pytest.raises(ValueError, match="Readers cannot be tested"):
         world.reader_test()
 

@@ -37,12 +37,13 @@ LAYERS = (
     {"training"},
     {"pretrained", "systems"},
     {"drawing"},
-    {"figures", "studio", "widgets", "lessons", "cli"},
+    {"figures", "diagrams", "studio", "widgets", "lessons", "cli"},
 )
 # A package's own __init__ re-exports from within.
 PACKAGES_THEMSELVES = {f"t2ilearn.{room}" for layer in LAYERS for room in layer} - {
     "t2ilearn.drawing",
     "t2ilearn.figures",
+    "t2ilearn.diagrams",
     "t2ilearn.studio",
     "t2ilearn.cli",
 }

@@ -1,5 +1,5 @@
-"""`make lab` serves chapter 1 on this machine only, to whoever holds the token. A signed chapter
-shows its stored widgets there before any cell runs, and is not marked as unsaved."""
+"""`make lab` serves chapter 1 on this machine only, behind a token. A signed chapter shows its
+stored widgets there before any cell runs, and is not marked as unsaved."""
 
 import json
 import os
@@ -159,7 +159,7 @@ def test_a_signed_chapter_shows_its_widgets_before_any_cell_runs_and_stays_saved
         page.wait_for_timeout(1000)
         assert page.locator(".jp-mod-dirty").count() == 0
 
-        stairs = page.get_by_role("group", name="Straight through a staircase", exact=True).first
+        stairs = page.get_by_role("group", name="Straight-through estimator", exact=True).first
         says = stairs.locator("[aria-live]")
         expect(says).to_have_text(re.compile(r"^z = −?\d"))
         before = says.inner_text()
@@ -167,11 +167,11 @@ def test_a_signed_chapter_shows_its_widgets_before_any_cell_runs_and_stays_saved
         expect(says).not_to_have_text(before)  # it speaks when it rests
         expect(says).to_have_text(re.compile(r"^z = −?\d"))
 
-        player = page.get_by_role("group", name=re.compile("painter")).first
-        says, picture = player.locator("[aria-live]"), player.locator("img")
+        frames = page.get_by_role("group", name=re.compile("painter")).first
+        says, picture = frames.locator("[aria-live]"), frames.locator("img")
         expect(says).to_contain_text("Frame 1 of")
         before = picture.get_attribute("src")
-        player.locator("input[type=range]").last.click()  # the mouse, half-way
+        frames.locator("input[type=range]").last.click()  # the mouse, half-way
         expect(says).not_to_contain_text("Frame 1 of")
         expect(says).to_contain_text("Frame ")
         assert picture.get_attribute("src") != before

@@ -21,73 +21,73 @@ from t2ilearn.systems import Candidates, rerank
 
 
 @pytest.mark.parametrize("task", exercises(5), ids=lambda task: task.id)
-def test_right_answers_pass_and_each_slip_is_named(task):
+def test_the_solution_passes_and_each_mistake_gets_its_message(task):
     assert judge(task, task.code.solution).right
-    for name, slip in task.code.slips.items():
-        verdict = judge(task, slip)
-        assert not verdict.right and verdict.message == task.slips[name], name
+    for name, mistake in task.code.mistakes.items():
+        verdict = judge(task, mistake)
+        assert not verdict.right and verdict.message == task.mistakes[name], name
 
 
 # Answers as readers write them: not the package's own, and found by what they do.
-def draw_by_division(logits, noise, temperature):
+def softmax_by_division(logits, noise, temperature):
     weights = ((logits + noise) / temperature).exp()
     return weights / weights.sum(1, keepdim=True)
 
 
-def divergence_of_a_broadcast(logits, numbers):
+def kl_of_a_broadcast(logits, numbers):
     """As in a popular port: batchmean divides by the length of its first argument, 1."""
     log_uniform = torch.tensor([1 / logits.shape[1]]).log()
     log_q = logits.log_softmax(1)
     return F.kl_div(log_uniform, log_q, reduction="batchmean", log_target=True) / numbers
 
 
-def divergence_by_batchmean(logits, numbers):
+def kl_by_batchmean(logits, numbers):
     log_uniform = torch.full_like(logits, -math.log(logits.shape[1]))
     log_q = logits.log_softmax(1)
     return F.kl_div(log_uniform, log_q, reduction="batchmean", log_target=True) / numbers
 
 
-def divergence_exchanged(logits, numbers):
+def kl_exchanged(logits, numbers):
     log_uniform = torch.full_like(logits, -math.log(logits.shape[1]))
     log_q = logits.log_softmax(1)
     return F.kl_div(log_q, log_uniform, reduction="batchmean", log_target=True) / numbers
 
 
-def embed_in_a_loop(caption, words, padding):
+def embed_in_a_loop(caption, table, padding):
     rows = [
-        [words[i] if i != PAD else padding[t] for t, i in enumerate(row)]
+        [table[i] if i != PAD else padding[t] for t, i in enumerate(row)]
         for row in caption.tolist()
     ]
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def embed_masked(caption, words, padding):
-    return words[caption].masked_fill((caption == PAD)[..., None], 0)
+def embed_masked(caption, table, padding):
+    return table[caption].masked_fill((caption == PAD)[..., None], 0)
 
 
-def terms_with_ignore_index(said, drawn, caption, codes):
-    words = F.cross_entropy(said.mT, caption, ignore_index=PAD)
-    picture = F.cross_entropy(drawn.mT, codes)
-    return words, picture, words / 8 + picture * 7 / 8
+def terms_with_ignore_index(text_logits, image_logits, caption, indices):
+    text = F.cross_entropy(text_logits.mT, caption, ignore_index=PAD)
+    image = F.cross_entropy(image_logits.mT, indices)
+    return text, image, text / 8 + image * 7 / 8
 
 
-def terms_that_ignore_nothing_but_both(said, drawn, caption, codes):
+def terms_without_any_text(text_logits, image_logits, caption, indices):
     wanted = caption.clone()
     wanted[caption[:, 0] == NULL] = PAD
-    words = F.cross_entropy(said.mT, wanted, ignore_index=PAD)
-    picture = F.cross_entropy(drawn.mT, codes)
-    return words, picture, words / 8 + picture * 7 / 8
+    text = F.cross_entropy(text_logits.mT, wanted, ignore_index=PAD)
+    image = F.cross_entropy(image_logits.mT, indices)
+    return text, image, text / 8 + image * 7 / 8
 
 
-def guided_in_place(model, codes, caption, scale):
-    c = model(codes, caption)
+def guided_in_place(model, indices, caption, scale):
+    c = model(indices, caption)
     caption[:] = null_caption(*caption.shape)
-    u = model(codes, caption)
+    u = model(indices, caption)
     return u + scale * (c - u)
 
 
-def guided_like_min_dalle(model, codes, caption, scale):
-    u, c = model(codes, null_caption(*caption.shape)), model(codes, caption)
+def guided_like_min_dalle(model, indices, caption, scale):
+    u, c = model(indices, null_caption(*caption.shape)), model(indices, caption)
     return u * (1 - scale) + c * scale
 
 
@@ -109,32 +109,32 @@ def hide_by_repeating(picture, rows, side):
 
 
 @pytest.mark.parametrize(
-    ("number", "answer", "said"),
+    ("number", "answer", "message"),
     [
         ("5.1", lambda x, g, t: x + g, "Not yet"),
         ("5.1", lambda x, g, t: F.softmax((x + g) / t, -1), "over the places"),
-        ("5.2", divergence_of_a_broadcast, "twice as many pictures would cost twice"),
-        ("5.2", divergence_exchanged, "The other way round"),
+        ("5.2", kl_of_a_broadcast, "twice as many pictures would cost twice"),
+        ("5.2", kl_exchanged, "The other direction"),
         ("5.2", lambda x, n: x.softmax(1).square().sum() / n, "Not yet"),
         ("5.3", embed_masked, "as a mask would do"),
-        ("5.4", terms_with_ignore_index, "learn to say nothing"),
-        ("5.4", terms_that_ignore_nothing_but_both, "no caption at all, and its NaN"),
+        ("5.4", terms_with_ignore_index, "learn to predict empty captions"),
+        ("5.4", terms_without_any_text, "no caption at all, and its NaN"),
         ("5.5", guided_in_place, "changes its argument in place"),
-        ("5.6", lambda s, n: s.view(-1, n).max(1).values, "Those are the marks"),
+        ("5.6", lambda s, n: s.view(-1, n).max(1).values, "Those are the scores"),
         ("5.7", hide_in_place, "changes its argument in place"),
         ("5.7", lambda p, rows, side: p[:, : p.shape[1] // 2], "full size|Not yet: its shape"),
     ],
 )
-def test_mistakes_are_found_by_what_they_do(number, answer, said):
+def test_mistakes_are_recognised_by_what_they_compute(number, answer, message):
     verdict = judge(exercise(number), answer)
-    assert not verdict.right and re.search(said, verdict.message), verdict.message
+    assert not verdict.right and re.search(message, verdict.message), verdict.message
 
 
 @pytest.mark.parametrize(
     ("number", "answer"),
     [
-        ("5.1", draw_by_division),
-        ("5.2", divergence_by_batchmean),
+        ("5.1", softmax_by_division),
+        ("5.2", kl_by_batchmean),
         ("5.3", embed_in_a_loop),
         ("5.5", guided_like_min_dalle),
         ("5.6", best_in_a_loop),
@@ -149,17 +149,17 @@ def test_right_answers_may_be_written_in_other_ways(number, answer):
 # ---------------------------------------------------------------- against the package
 
 
-def test_the_packages_own_draw_is_a_right_answer():
+def test_the_packages_gumbel_softmax_is_a_right_answer():
     assert judge(exercise("5.1"), gumbel_softmax).right
 
 
-def test_the_divergence_is_that_of_the_loss():
-    """A picture of so many numbers as the exercise says; what it shows does not matter."""
+def test_the_kl_term_is_that_of_the_loss():
+    """The picture has as many values as in the exercise; its contents do not matter."""
 
-    def answer(logits, numbers):
-        side = math.isqrt(numbers // 3)
-        x = torch.zeros(len(logits), 3, numbers // 3 // side, side)
-        return dvae_loss(x, DVAEOutput(logits, x, x)).divergence
+    def answer(logits, values):
+        side = math.isqrt(values // 3)
+        x = torch.zeros(len(logits), 3, values // 3 // side, side)
+        return dvae_loss(x, DVAEOutput(logits, x, x)).kl
 
     solution = exercise("5.2").code.solution
     logits = torch.randn(2, 6, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -167,8 +167,8 @@ def test_the_divergence_is_that_of_the_loss():
 
 
 def test_the_terms_are_those_of_the_loss():
-    def answer(said, drawn, caption, codes):
-        return tuple(dalle_loss(DALLEOutput(said, drawn), caption, codes))
+    def answer(text_logits, image_logits, caption, indices):
+        return tuple(dalle_loss(DALLEOutput(text_logits, image_logits), caption, indices))
 
     assert judge(exercise("5.4"), answer).right
 
@@ -177,25 +177,25 @@ def test_padding_is_embedded_as_in_the_model():
     torch.manual_seed(0)
     model = DALLE(PriorConfig(8, 2, 6, 1, 2, vocabulary=9, text_length=4))
     caption = torch.tensor([[5, 3, 1, PAD], [4, 1, PAD, PAD]])
-    words = model._embed(torch.zeros(2, 0, dtype=torch.int64), caption)[:, 1:5]
+    text = model._embed(torch.zeros(2, 0, dtype=torch.int64), caption)[:, 1:5]
     ours = exercise("5.3").code.solution(caption, model.text_embedding.weight, model.padding)
-    assert torch.allclose(words, ours + model.word_position)
+    assert torch.allclose(text, ours + model.word_position)
 
 
-def test_the_best_are_those_that_the_package_keeps():
+def test_the_best_samples_are_those_that_the_package_keeps():
     def answer(scores, best_of):
         m = len(scores)
-        codes = torch.zeros(m, 4, dtype=torch.int64)
-        among = Candidates(torch.zeros(m, 3, 4, 4), codes, [""] * m)
+        tokens = torch.zeros(m, 4, dtype=torch.int64)
+        among = Candidates(torch.zeros(m, 3, 4, 4), [""] * m, tokens)
         return rerank(among, best_of, lambda _: scores)[1]
 
     assert judge(exercise("5.6"), answer).right
 
 
-def test_the_encoder_sees_what_the_exercise_shows_it():
+def test_encode_prefix_hides_the_same_part_as_the_exercise():
     seen = []
 
-    class Eye(ImageTokenizer):
+    class Recorder(ImageTokenizer):
         config = AutoencoderConfig(
             resolution=32, channels=(8, 8), blocks=1, codebook_size=4, code_dim=2
         )
@@ -206,5 +206,5 @@ def test_the_encoder_sees_what_the_exercise_shows_it():
 
     picture = 2 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     for rows in (1, 4, 7):
-        encode_prefix(Eye(), picture[None], rows)
+        encode_prefix(Recorder(), picture[None], rows)
         assert torch.equal(seen[-1][0], exercise("5.7").code.solution(picture, rows, 8))

@@ -1,4 +1,4 @@
-"""Every symbol of every numbered equation in the chapters stands on the notation page."""
+"""Every symbol of every numbered equation in the chapters is on the notation page."""
 
 import json
 import re
@@ -83,7 +83,7 @@ def test_every_symbol_of_every_numbered_equation_is_explained(path):
         assert not missing, f"{path.stem}: {sorted(missing)} of {tex.strip()!r} not in notation.md"
 
 
-def test_the_test_sees_symbols():
+def test_symbols_are_found_in_a_formula():
     tex = r"\hat x = z_q + \operatorname{sg}[e - \bar z_k]^{1/2} \tag{9.9}"
     assert symbols(tex) == {"hat x", "z", "q", "k", "sg", "e", "bar z"}
     assert symbols(r"\mathcal L_{\text{VAE}} = \sigma_x^2 \operatorname*{arg\,min}_k") == {
@@ -93,7 +93,7 @@ def test_the_test_sees_symbols():
         symbols(r"\heartsuit")
 
 
-def test_no_symbol_stands_twice_among_those_of_the_whole_book():
+def test_no_symbol_of_the_whole_book_has_two_rows():
     before = PAGE.split("## On loan")[0]
     cells = re.findall(r"^\| (?!letter|symbol|-)(.+?) \|", before, re.MULTILINE)
     assert len(cells) == len(set(cells))

@@ -46,8 +46,8 @@ def runs(home) -> Path:
     commands = re.findall(r"^t2ilearn (train .+) --steps \d+$", PAGE, re.MULTILINE)
     assert [re.search(r"--stage (\w+)", command)[1] for command in commands] == ["vqvae", "prior"]
     sizes = {
-        "vqvae": {"channels": (8, 8), "code_dim": 4},
-        "prior": {"dim": 16, "num_layers": 1, "num_heads": 2},
+        "vqvae": {"channels": (8, 8), "codebook_size": 32, "code_dim": 4},
+        "prior": {"codebook_size": 32, "dim": 16, "num_layers": 1, "num_heads": 2},
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)

@@ -1,4 +1,4 @@
-"""Data-parallel training: two processes with half of each batch learn what one learns from all of it.
+"""Data-parallel training: two processes, each with half a batch, learn what one learns from all.
 
 The processes are real and communicate by gloo. One program imports everything once and forks them;
 the tests read what they left.
@@ -37,6 +37,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which the first optimiser imports: once here, not in each child
 from safetensors.torch import save_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -51,7 +52,7 @@ from t2ilearn.training.checkpoint import load_checkpoint
 
 torch.set_num_threads(1)
 CONFIG = TrainConfig(steps=4, batch_size=4, learning_rate=1e-2, warmup_steps=0, gradient_clip=0.5)
-CODES = {"resolution": 16, "channels": (8, 16), "blocks": 1, "codebook_size": 12, "code_dim": 4}
+SIZES = {"resolution": 16, "channels": (8, 16), "blocks": 1, "codebook_size": 12, "code_dim": 4}
 
 
 def pictures(generator):
@@ -65,7 +66,7 @@ def half(*parts):
 
 
 def train_vqvae(folder, quantizer):
-    model = vqvae.VQVAE.from_config(vqvae.VQVAEConfig(**CODES, quantizer=quantizer)).double()
+    model = vqvae.VQVAE.from_config(vqvae.VQVAEConfig(**SIZES, quantizer=quantizer)).double()
 
     def make_batch(step, _):
         return *half(pictures(torch.Generator().manual_seed(step))), step > 0
@@ -91,7 +92,7 @@ def train_vqvae(folder, quantizer):
 
 
 def train_dvae(folder):
-    model = dvae.DVAE(dvae.DVAEConfig(**CODES)).double()
+    model = dvae.DVAE(dvae.DVAEConfig(**SIZES)).double()
 
     def make_batch(step, _):
         generator = torch.Generator().manual_seed(step)
@@ -113,18 +114,18 @@ def train_dalle(folder):
     def make_batch(step, _):
         generator = torch.Generator().manual_seed(step)
         caption = torch.randint(3, 11, (8, 6), generator=generator)
-        caption[:4, 2], caption[:4, 3:] = END, PAD  # the first half says less than the second
+        caption[:4, 2], caption[:4, 3:] = END, PAD  # shorter captions in the first half
         caption[4:, 5] = END
         caption[1], caption[6] = null_caption(2, 6)
         if step == 2:
-            caption[:4] = null_caption(4, 6)  # the first half says nothing at all
+            caption[:4] = null_caption(4, 6)  # no captions in the first half
         if step == 3:
-            caption[:] = null_caption(8, 6)  # nobody says anything
+            caption[:] = null_caption(8, 6)  # no captions at all
         return half(torch.randint(7, (8, 9), generator=generator), caption)
 
     def compute_loss(model, batch, generator):
-        codes, caption = batch
-        return dalle.dalle_loss(model(codes, caption), caption, codes)
+        indices, caption = batch
+        return dalle.dalle_loss(model(indices, caption), caption, indices)
 
     return *training.train(
         model, make_batch, compute_loss, CONFIG, folder, progress=False
@@ -173,7 +174,7 @@ if any(os.waitpid(child, 0)[1] for child in children):
 
 
 def command(arguments):
-    '''As `t2ilearn` under torchrun, without measurements; notes which pictures a process uses.'''
+    """As `t2ilearn` under torchrun, without measurements; notes which pictures a process uses."""
 
     def noting(model, make_batch, *rest, **options):
         def make(step, generator):
@@ -185,7 +186,7 @@ def command(arguments):
 
     train, seen, rank = stages.train, [], os.environ["RANK"]
     stages.train = noting
-    measured = {"measured by": rank}
+    measured = {"measured by rank": int(rank)}
     STAGES["vqvae"] = replace(STAGES["vqvae"], evaluate=lambda job, model: measured, bars={})
     sys.argv = ["t2ilearn", *arguments]
     cli.main()
@@ -201,14 +202,14 @@ elastic_launch(launch, command)(sys.argv[4:])
 
 
 def free_port() -> str:
-    """A port that nobody listens on now."""
+    """A port that is not in use now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return str(found.getsockname()[1])
 
 
 def finish(command, folder, **environment):
-    """Run a command that may start others; what hangs is ended with all that it started."""
+    """Run a command that may start others; one that hangs is ended with all that it started."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_CPU")
     clean = {k: v for k, v in os.environ.items() if k not in ours}
     settings = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -223,13 +224,13 @@ def finish(command, folder, **environment):
         start_new_session=True,
     )
     try:
-        said, _ = started.communicate(timeout=240)
+        printed, _ = started.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         os.killpg(started.pid, signal.SIGKILL)
-        said, _ = started.communicate()
-        pytest.fail(f"did not finish:\n{said[-3000:]}")
-    assert started.returncode == 0, said[-5000:]
-    return said
+        printed, _ = started.communicate()
+        pytest.fail(f"did not finish:\n{printed[-3000:]}")
+    assert started.returncode == 0, printed[-5000:]
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +244,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """What the two that trained together, and the one alone, left: (tensors, curves) by name."""
+    """What the two processes that trained together, and the one alone, left: (tensors, curves)."""
 
     def read(name, who):
         curves = (folder / f"{name}-{who}.json").read_text(encoding="utf-8")
@@ -288,7 +289,7 @@ def test_the_curves_are_means_over_the_joint_batch(trained, name):
     for term, values in alone.items():
         assert first[term] == pytest.approx(values, rel=0, abs=TINY), term
     if name == "dalle":
-        assert first["words"][0] > 1 and first["words"][2] > 1 and first["words"][3] == 0
+        assert first["text"][0] > 1 and first["text"][2] > 1 and first["text"][3] == 0
 
 
 @pytest.mark.parametrize("name", ["ema", "gradient"])
@@ -311,7 +312,7 @@ def test_torchrun_trains_on_different_batches_and_writes_one_set_of_files(folder
         *("frames", "checkpoint.json", checkpoint.name),
     }
     card = weights.load(run / "vqvae-tiny.safetensors").card
-    assert card.steps == 4 and card.metrics == {"measured by": "0"}
+    assert card.steps == 4 and card.metrics == {"measured by rank": 0}
     first, second = (
         json.loads((folder / f"seen-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)
     )

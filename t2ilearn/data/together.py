@@ -63,7 +63,8 @@ class Together:
         )
 
     label = ""
-    judge = reader = None  # captions, judges and measures are those of the worlds
+    judge: str | None = None  # captions, judges and measures are those of the worlds
+    reader: str | None = None
     first_answers: Mapping[int, int] = {}
     measures: Mapping[str, tuple[int, int] | None] = {}
     reconstruction_sets: tuple[str, ...] = ()

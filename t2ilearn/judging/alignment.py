@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from t2ilearn.data.grammar import ReadCaption
-from t2ilearn.data.interface import CaptionedPictures
+from t2ilearn.data.interface import WorldClass
 from t2ilearn.data.shapes import FIELDS, Shapes
 from t2ilearn.judging.reader import Reader, read
 
@@ -25,7 +25,7 @@ Facts = list[tuple[int, int]]  # (column, value)
 
 
 def facts_of(
-    captions: Sequence[str | ReadCaption], world: type[CaptionedPictures] = Shapes
+    captions: Sequence[str | ReadCaption], world: WorldClass = Shapes
 ) -> list[Facts]:
     """What each caption states. Every distinct caption is parsed once.
 
@@ -53,7 +53,7 @@ def aligned(
     judge: Reader,
     pictures: Float[Tensor, "b 3 h w"],
     captions: Sequence[str | ReadCaption],
-    world: type[CaptionedPictures] = Shapes,
+    world: WorldClass = Shapes,
 ) -> Bool[Tensor, " b"]:
     """For each picture: is it readable, and is everything that its caption states right?
 
@@ -77,10 +77,9 @@ def _answers(
     """Which pictures are readable, and for each of them which stated facts are right."""
     known = answers[0][:, :-1]  # the last answer is "unreadable"
     readable = (known.amax(1) >= answers[0][:, -1]).tolist()
-    best = [
-        (known if column == 0 else logits).topk(first_answers.get(column, 1), dim=1).indices.tolist()
-        for column, logits in enumerate(answers)
-    ]
+    best = []  # of each column, the answers that count
+    for column, logits in enumerate([known, *answers[1:]]):
+        best.append(logits.topk(first_answers.get(column, 1), dim=1).indices.tolist())
     found = [[v in best[c][i] for c, v in facts] for i, facts in enumerate(rows)]
     return readable, found
 
@@ -90,7 +89,7 @@ def measured(
     judge: Reader,
     pictures: Float[Tensor, "b 3 h w"],
     captions: Sequence[str | ReadCaption],
-    world: type[CaptionedPictures],
+    world: WorldClass,
 ) -> dict[str, Bool[Tensor, " b"]]:
     """What a world reports of pictures (`world.measures`): which of them are right, by each.
 
@@ -118,12 +117,14 @@ def score(
     reader: Reader,
     pictures: Float[Tensor, "b 3 h w"],
     captions: Sequence[str | ReadCaption],
-    world: type[CaptionedPictures] = Shapes,
+    world: WorldClass = Shapes,
 ) -> Float[Tensor, " b"]:
     """log p(everything the caption states | picture): what reranking sorts by."""
     logs = [logits.log_softmax(1) for logits in reader(pictures)]
     rows = facts_of(captions, world)
-    sums = [torch.stack([logs[c][i, value] for c, value in row]).sum() for i, row in enumerate(rows)]
+    sums = [
+        torch.stack([logs[c][i, value] for c, value in row]).sum() for i, row in enumerate(rows)
+    ]
     return torch.stack(sums)
 
 

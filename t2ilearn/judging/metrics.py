@@ -87,20 +87,20 @@ def precision_recall(
     return PrecisionRecall(covered(fake, real), covered(real, fake))
 
 
-def _counts(codes: Int[Tensor, "..."], size: int) -> Tensor:
-    if codes.numel() == 0 or codes.min() < 0 or codes.max() >= size:
-        raise ValueError(f"Codes must be 0 … {size - 1}, and at least one.")
-    return torch.bincount(codes.flatten(), minlength=size).double()
+def _counts(indices: Int[Tensor, "..."], size: int) -> Tensor:
+    if indices.numel() == 0 or indices.min() < 0 or indices.max() >= size:
+        raise ValueError(f"Indices must be 0 … {size - 1}, and at least one.")
+    return torch.bincount(indices.flatten(), minlength=size).double()
 
 
-def codebook_usage(codes: Int[Tensor, "..."], size: int) -> float:
+def codebook_usage(indices: Int[Tensor, "..."], size: int) -> float:
     """Share of the codebook used at least once."""
-    return float((_counts(codes, size) > 0).double().mean())
+    return float((_counts(indices, size) > 0).double().mean())
 
 
-def perplexity(codes: Int[Tensor, "..."], size: int) -> float:
-    """exp of the entropy of the codes over the whole set; `size` if all are equally frequent."""
-    p = _counts(codes, size)
+def perplexity(indices: Int[Tensor, "..."], size: int) -> float:
+    """exp of the entropy of the indices over the whole set; `size` if all are equally frequent."""
+    p = _counts(indices, size)
     p = p / p.sum()
     return float(torch.special.entr(p).sum().exp())
 

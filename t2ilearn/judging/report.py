@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from t2ilearn.data import CaptionedPictures
+from t2ilearn.data.interface import WorldClass
 from t2ilearn.data.pixels import bytes_from_pictures, pictures_from_bytes
 from t2ilearn.judging.alignment import measured
 from t2ilearn.judging.metrics import (
@@ -123,7 +124,7 @@ def damaged(pictures: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b 3 
 
 
 def report_reader(
-    reader: Reader, pictures: Tensor, captions: Sequence[str], world: type[CaptionedPictures]
+    reader: Reader, pictures: Tensor, captions: Sequence[str], world: WorldClass
 ) -> dict[str, Any]:
     """Shares of real pictures read right: ceiling, floor, and under damage."""
     metrics: dict[str, Any] = {}
@@ -146,9 +147,7 @@ def _named(what: str, *rest: str) -> str:
 
 
 @torch.no_grad()
-def evaluate_reader(
-    reader: Reader, world: CaptionedPictures, n: int = 2000
-) -> dict[str, Any]:
+def evaluate_reader(reader: Reader, world: CaptionedPictures, n: int = 2000) -> dict[str, Any]:
     """The report of a reader on what its world tests readers with."""
     pictures, captions = world.reader_test(n)
     return report_reader(reader, pictures, captions, type(world))

@@ -132,6 +132,6 @@ def sample(
     generator: torch.Generator,
     **how: object,
 ) -> Int[Tensor, "b n"]:
-    """The finished tokens of `sample_steps`, which says what `how` may be."""
+    """The finished tokens of `sample_steps`; `how` are its other arguments."""
     *_, indices = sample_steps(model, caption, generator=generator, **how)  # type: ignore[arg-type]
     return indices

@@ -18,8 +18,8 @@ and the PixelCNN in `pixelcnn`. `prior_loss` is the cross-entropy of the product
 
 Differs from the papers in: the Transformer's input and output embeddings are one matrix, as in
 GPT-2; the embeddings of text, image and positions have one initial scale, because with small
-position embeddings the caption is a bag of words, which cannot say which colour belongs to which
-shape; caption tokens attend to each other in both directions.
+position embeddings the caption is a bag of words, from which the model cannot tell which colour
+belongs to which shape; caption tokens attend to each other in both directions.
 
 Letters: B batch, T tokens of a caption, N = h · w tokens of a picture, K code vectors in the
 codebook, D dimension of a token's vector.

@@ -326,7 +326,7 @@ class VQGANWithDiscriminator(nn.Module):
         self.loss_config, self.distance = loss_config, distance
 
     @property
-    def players(self) -> tuple[nn.Module, nn.Module]:
+    def networks(self) -> tuple[nn.Module, nn.Module]:
         """The two networks whose gradients the training loop clips separately."""
         return self.generator, self.discriminator
 

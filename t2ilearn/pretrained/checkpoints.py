@@ -129,7 +129,7 @@ def reason_of(path: Path, error: Exception) -> str:
     refused = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", text)  # as torch words it
     if refused:
         return (
-            f"{path} is not loaded: its pickle wants to run {refused[1]}; refused, since it is not "
+            f"{path} is not loaded: its pickle refers to {refused[1]}, which is refused: it is not "
             "on the list of names that are known to be harmless."
         )
     text = text.rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:_SHOWN]
@@ -216,7 +216,7 @@ def check_tensor(name: str, tensor: Tensor, sizes: set[int]) -> Tensor:
         raise WeightsError(f"{name} is stored as {tensor.layout} on {tensor.device}")
     stored = tensor.untyped_storage().nbytes()
     if stored not in sizes:
-        raise WeightsError(f"{name} is said to lie in a part of {stored} bytes; there is none")
+        raise WeightsError(f"{name} should lie in a part of {stored} bytes, and there is none")
     if tensor.numel() * tensor.element_size() > stored:
         raise WeightsError(
             f"{name}, of size {tuple(tensor.shape)}, does not fit its part of {stored} bytes"

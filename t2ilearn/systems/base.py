@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import torch
 from jaxtyping import Float, UInt8
@@ -62,7 +62,7 @@ class Request:
         scorer: which of the system's scorers reranks the candidates; None for its own choice.
         options: an instance of the system's `Options`.
         start: pictures to begin from, as bytes; one for all, or one for each picture.
-        rows: how many rows of an eighth of the start picture stay, from above.
+        rows: how many eighths of the start picture stay, from above.
     """
 
     captions: tuple[Caption, ...]
@@ -73,6 +73,16 @@ class Request:
     options: Options = field(default_factory=Options)
     start: UInt8[Tensor, "n 3 h w"] | None = None
     rows: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal, start pictures pixel by pixel."""
+        if not isinstance(other, Request):
+            return NotImplemented
+        mine, theirs = vars(self).copy(), vars(other).copy()
+        start, other_start = mine.pop("start"), theirs.pop("start")
+        if start is None or other_start is None:
+            return mine == theirs and start is other_start
+        return mine == theirs and torch.equal(start, other_start)
 
     @property
     def caption(self) -> str:
@@ -164,6 +174,7 @@ class System:
         shows: what it teaches, in a few words.
         chapter: of the book.
         Options: its sampling options, a frozen dataclass with defaults.
+        takes_start: whether it can begin from a picture.
         stages: its trainings, in order; the weights of the last one draw.
         also_trains: further trainings of its chapter, such as ablations.
         worlds: names of our own worlds that it learned; none where it learned pictures of yours.
@@ -177,6 +188,7 @@ class System:
     shows: ClassVar[str] = ""
     chapter: ClassVar[int] = 0
     Options: ClassVar[type[AnyOptions]] = AnyOptions
+    takes_start: ClassVar[bool] = False
     stages: "ClassVar[tuple[Stage, ...]]" = ()
     also_trains: "ClassVar[tuple[Stage, ...]]" = ()
     worlds: tuple[str, ...] = ()
@@ -206,8 +218,15 @@ class System:
 
     def candidates(self, request: Request, generator: torch.Generator) -> Candidates:
         """What `rerank` chooses from."""
-        pictures = self.generate(request, generator)
-        return Candidates(pictures, [self.read(text) or text for text in request.texts()])
+        return Candidates(self.generate(request, generator), self.read_each(request))
+
+    def read_each(self, request: Request) -> list[ReadCaption | str]:
+        """What the caption of each candidate states; its text where nothing can be read."""
+        read: dict[Caption, ReadCaption | str] = {}
+        for caption in dict.fromkeys(request.captions):
+            text = single_text(caption)
+            read[caption] = (self.read(text) if text else None) or as_text(caption)
+        return [read[c] for c in request.captions for _ in range(request.best_of)]
 
     def scorers(self) -> dict[str, Callable[["System"], Scorer]]:
         """What can rerank this system's drawings, by name."""
@@ -240,7 +259,7 @@ class System:
         return read_caption(caption, self.worlds) if self.worlds else None
 
     @classmethod
-    def make_options(cls, **given: Any) -> AnyOptions:
+    def make_options(cls, /, **given: Any) -> AnyOptions:
         """This system's options, some of them changed.
 
         Raises:
@@ -256,13 +275,17 @@ def make_options(kind: type[Options], owner: str, given: Mapping[str, Any]) -> O
     Raises:
         ValueError: as `System.make_options`.
     """
-    known = {f.name: f for f in fields(kind)}
+    known = [f.name for f in fields(kind)]
     unknown = [name for name in given if name not in known]
     if unknown:
         listed = ", ".join(known) or "none at all"
         raise ValueError(f"{owner} has no option {unknown[0]!r}; its options are: {listed}.")
-    values = {name: _as_kind(name, value, known[name].type) for name, value in given.items()}
+    hints = get_type_hints(kind)
+    values = {name: _as_kind(name, value, hints[name]) for name, value in given.items()}
     return replace(kind(), **values)
+
+
+_KIND_NAMES = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
 
 
 def _as_kind(name: str, value: Any, hint: Any) -> Any:
@@ -283,9 +306,8 @@ def _as_kind(name: str, value: Any, hint: Any) -> Any:
             return int(value) if isinstance(value, str) else operator.index(value)
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        names = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
-        label = name.replace("_", " ")
-        raise ValueError(f"The {label} must be {names[kind]}, not {shortened(value)}.") from None
+        expected = f"The {name.replace('_', ' ')} must be {_KIND_NAMES[kind]}"
+        raise ValueError(f"{expected}, not {shortened(value)}.") from None
 
 
 def _exactly(kind: type, value: Any) -> Any:
@@ -306,7 +328,9 @@ def shortened(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def check_range(name: str, value: float, low: float, high: float, what: str = "") -> None:
+def check_range(
+    name: str, value: int | float, low: int | float, high: int | float, what: str = ""
+) -> None:
     """Raise ValueError if an option is outside [low, high], or NaN."""
     if not low <= value <= high:
         least, most = f"{low:g}", "" if math.isinf(high) else f" … {high:g}"

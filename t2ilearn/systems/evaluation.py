@@ -36,7 +36,7 @@ def evaluate_system(
     metrics: dict[str, Any] = {}
     for world in worlds:
         if world.judge is None:
-            metrics |= system.likelihood(world, n) if hasattr(system, "likelihood") else {}
+            metrics |= system.likelihood(world, n)
             continue
         metrics |= _ceiling(system, world, n)
         for manner, options in system.manners().items():
@@ -68,8 +68,8 @@ def _ceiling(system: System, world: CaptionedPictures, n: int) -> dict[str, Any]
     for name in world.reconstruction_sets:
         real, groups = world.test_set(name, n), world.groups(name, n)
         kinds = {"real pictures": real.pictures}
-        if hasattr(system, "ceiling"):
-            kinds["reconstructions"] = system.ceiling(real.pictures)
+        if (best := system.ceiling(real.pictures)) is not None:
+            kinds["reconstructions"] = best
         suffix = [name] if len(world.reconstruction_sets) > 1 else []
         for kind, pictures in kinds.items():
             for what, right in measured(judge, pictures, real.captions, type(world)).items():

@@ -11,11 +11,11 @@ and on top of the same weights. One that was stopped goes on at its checkpoint.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from t2ilearn import weights
 from t2ilearn.systems.registry import PLANS, STAGES
-from t2ilearn.systems.stage import Job, Stage, make_job, train_stage
+from t2ilearn.systems.stage import OWN_PICTURES, Job, Stage, make_job, run_job
 from t2ilearn.training import TrainingError
 
 
@@ -89,45 +89,95 @@ def train_system(
         TrainingError: if a run's folder holds a run that learned from something else, or the
             weights that a single stage needs are missing.
     """
-    if runs is None:
-        runs = "runs" if data is None else Path("runs", Path(data).resolve().name)
-    folder, path = Path(runs), Path()
+    folder, path = runs_folder(runs, data), Path()
     for each in stages_of(system, stage, preset):
-        size = preset if preset in each.presets else next(iter(each.presets))
+        size = size_of(each, preset)
         parents = parents_of(each, size, folder, own_only=data is not None)
-        command = _command(system, each, size, data, steps, precision)
-        options = {"data": data, "steps": steps, "precision": precision, "progress": progress}
-        job = make_job(each, size, folder, parents, **options)  # type: ignore[arg-type]
+        job = make_job(each, size, folder, parents, data, steps, precision, progress)
+        check_parents(job)
         if stage is None and is_done(job):
             path = each.file_in(folder, size)
             continue
-        path = train_stage(each, size, folder, parents, command=command, **options)  # type: ignore[arg-type]
+        path = run_job(job, _command(system, each, size, data, steps, precision))
         if not weights.read_card(path.with_suffix(".json")).metrics:
             return path
     return path
 
 
-def plan(system: str, preset: str, runs: Path | str, stage: str | None = None) -> Iterator[Step]:
-    """What `train_system` would do, without doing it."""
+def plan(
+    system: str,
+    preset: str = "tiny",
+    runs: Path | str | None = None,
+    *,
+    stage: str | None = None,
+    data: Path | str | None = None,
+    steps: int | None = None,
+) -> Iterator[Step]:
+    """What `train_system` would do, without doing it; arguments and errors as there."""
+    folder, to_train = runs_folder(runs, data), set[str]()
     for each in stages_of(system, stage, preset):
-        size = preset if preset in each.presets else next(iter(each.presets))
-        name, file = each.weights_name(size), each.file_in(Path(runs), size)
-        card = weights.read_card(file.with_suffix(".json")) if file.is_file() else None
-        shipped = None
-        if name in weights.available():
-            shipped = weights.read_card(weights.find(name).with_suffix(".json"))
-        minutes, device = (shipped.minutes, shipped.device) if shipped else (None, "")
-        yield Step(each, bool(card and card.metrics), minutes, device)
+        size, done = size_of(each, preset), False
+        if not to_train & set(each.trained_on):
+            parents = parents_of(each, size, folder, own_only=data is not None)
+            job = make_job(each, size, folder, parents, data, steps)
+            check_parents(job)
+            done = stage is None and is_done(job)
+        if not done:
+            to_train.add(each.name)
+        yield Step(each, done, *_took(each.weights_name(size)))
+
+
+def _took(name: str) -> tuple[float | None, str]:
+    """Minutes and device of the training that made shipped weights; None if they do not ship."""
+    if name not in weights.available():
+        return None, ""
+    card = weights.read_card(weights.find(name).with_suffix(".json"))
+    return card.minutes, card.device
+
+
+def runs_folder(runs: Path | str | None, data: Path | str | None) -> Path:
+    """The folder for runs: by default "runs", or "runs/NAME" for a data folder of that name."""
+    if runs is not None:
+        return Path(runs)
+    return Path("runs") if data is None else Path("runs", Path(data).resolve().name)
+
+
+def size_of(stage: Stage, preset: str) -> str:
+    """The preset by which a stage is trained: this one, or its only one."""
+    return preset if preset in stage.presets else next(iter(stage.presets))
 
 
 def is_done(job: Job) -> bool:
-    """Whether a run's folder holds measured weights by these settings, on top of these weights."""
+    """Whether a run's folder holds measured weights by these settings, of these data, on top of
+    these weights."""
     file = job.stage.file_in(job.runs, job.preset)
     if not file.is_file():
         return False
     card = weights.read_card(file.with_suffix(".json"))
-    same = json.dumps(card.settings) == json.dumps(job.settings())
-    return bool(card.metrics) and same and card.parents == job.parent_digests()
+    same = json.dumps(card.settings) == json.dumps(job.settings()) and card.data == job.data()
+    return bool(card.metrics) and same and card.parents == job.digests
+
+
+def check_parents(job: Job) -> None:
+    """Raise `TrainingError` where a run and the weights under it learn from different pictures of
+    your own: these would be drawn with the tokens of others."""
+    mine = job.data()
+    for name, path in job.parents.items():
+        theirs = weights.read_card(path.with_suffix(".json")).data
+        same = theirs.get(OWN_PICTURES) == mine.get(OWN_PICTURES)
+        if STAGES[name].trains_on_folders and not same:
+            raise TrainingError(
+                f"{path} learned from {_pictures(theirs)}, and {job.name} is to learn from "
+                f"{_pictures(mine)}. Train {name} on these first, or name another folder with "
+                "--runs."
+            )
+
+
+def _pictures(data: dict[str, Any]) -> str:
+    """What was learned from, as an error calls it."""
+    if OWN_PICTURES in data:
+        return f"own pictures ({data[OWN_PICTURES][:8]})"
+    return f"the world {data['world']}"
 
 
 def parents_of(stage: Stage, preset: str, runs: Path, own_only: bool = False) -> dict[str, Path]:
@@ -140,11 +190,10 @@ def parents_of(stage: Stage, preset: str, runs: Path, own_only: bool = False) ->
     Raises:
         TrainingError: if they are not there.
     """
-    needed = [*stage.needs, *([stage.init_from] if stage.init_from else [])]
     found = {}
-    for name in dict.fromkeys(needed):
+    for name in stage.trained_on:
         parent = STAGES[name]
-        size = preset if preset in parent.presets else next(iter(parent.presets))
+        size = size_of(parent, preset)
         own, shipped = parent.file_in(runs, size), parent.weights_name(size)
         may_ship = not (own_only and parent.trains_on_folders)
         if own.is_file():

@@ -33,7 +33,7 @@ _EMOJI = ReaderConfig(
 def degrade(
     pictures: Float[Tensor, "b 3 h w"], generator: torch.Generator
 ) -> Float[Tensor, "b 3 h w"]:
-    """Damage pictures as models do: a sixth stays, a sixth is shrunk, one blurred, half is noisy."""
+    """Damage pictures as models do: a sixth stays, a sixth is shrunk, one blurred, half noisy."""
     n, _, h, w = pictures.shape
     kind = torch.randint(6, (n,), generator=generator)
     out = pictures.clone()
@@ -65,7 +65,9 @@ def _run(job: Job) -> TrainResult:
 
 
 def _evaluate(job: Job, model: nn.Module) -> dict[str, Any]:
-    return evaluate_reader(model, job.world)  # type: ignore[arg-type]
+    if not isinstance(model, Reader):
+        raise TypeError(f"{type(model).__name__} is no reader.")
+    return evaluate_reader(model, job.world)
 
 
 def _build(stored: Weights) -> dict[str, nn.Module]:

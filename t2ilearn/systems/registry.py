@@ -5,6 +5,7 @@ and hold no list of their own.
 """
 
 import difflib
+import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from t2ilearn import weights
-from t2ilearn.systems.base import System
-from t2ilearn.systems.stage import Stage
+from t2ilearn.systems.base import System, shortened
+from t2ilearn.systems.stage import Job, Stage
+from t2ilearn.training import TrainingError
 from t2ilearn.weights import Card, WeightsError
 
 SYSTEMS: dict[str, type[System]] = {}  # those that draw, in the order of the book
@@ -87,12 +89,13 @@ def _find_run(folder: Path) -> Source:
     """
     stage, _, preset = folder.name.rpartition("-")
     systems = [s for s in SYSTEMS.values() if s.stages and s.stages[-1].name == stage]
-    if not systems or not folder.is_dir():
+    if not systems or not os.path.isdir(folder):  # also where no file could have such a name
         near = difflib.get_close_matches(str(folder), names(), n=2)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        unknown = shortened(str(folder))
         raise ValueError(
-            f"Unknown system {str(folder)!r}.{hint} It is one of {', '.join(names())}, or the "
-            "folder of the last stage that you trained, such as runs/prior-tiny."
+            f"Unknown system {unknown}.{hint} It is one of {', '.join(names())}, or the folder of "
+            "the last stage that you trained, such as runs/prior-tiny."
         )
     system, files = systems[0], {}
     last = folder / f"{folder.name}.safetensors"
@@ -216,3 +219,18 @@ def load_part(name: str | Path, part: str | None = None) -> nn.Module:
     if part not in parts:
         raise ValueError(f"{name} has no part {part!r}; its parts are: {', '.join(parts)}.")
     return parts[part]
+
+
+def load_parent(job: Job, stage: str) -> nn.Module:
+    """The trained model of a stage that a run is on top of, in evaluation mode.
+
+    Raises:
+        TrainingError: if it was trained anew since the run began.
+    """
+    path = job.parents[stage]
+    if weights.read_card(path.with_suffix(".json")).sha256 != job.digests[stage]:
+        raise TrainingError(
+            f"{path} was trained anew while {job.name} was trained on top of what it was before. "
+            f"Remove {job.folder} and train it again."
+        )
+    return load_part(path)

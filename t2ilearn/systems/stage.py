@@ -14,21 +14,25 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from datetime import timedelta
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from t2ilearn import __version__, weights
 from t2ilearn.data import CaptionedPictures, CaptionTokenizer, Folder, Tokenizer, WordTokenizer
 from t2ilearn.judging.report import against_bars
+from t2ilearn.models.autoencoder import ImageTokenizer
 from t2ilearn.training import TrainConfig, TrainingError, TrainResult, is_first_process, train
 from t2ilearn.weights import Card, Leg, Weights
 
 FOLDER_SHIFT = 2  # pixels by which pictures of your own are moved, at most
 RECORD = "inputs.json"  # in a run's folder: what it learns from
+OWN_PICTURES = "pictures and captions"  # the name of their SHA-256 there and on cards
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ class Stage:
     one_size: bool = False
     bars: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """The stages whose weights must be there: what it needs, and what it starts from."""
+        return tuple(dict.fromkeys([*self.needs, *([self.init_from] if self.init_from else [])]))
+
     def weights_name(self, preset: str) -> str:
         """What its weights are called."""
         return self.name if self.one_size else f"{self.name}-{preset}"
@@ -95,7 +104,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a stage: where it goes, what it learns from, and how it is run."""
+    """One run of a stage: where it goes, what it learns from, and how it is run.
+
+    Args:
+        parents: the weights of each stage that it needs, by the stage's name.
+        digests: their SHA-256 when the run began.
+        how: precision and progress, for `train`.
+    """
 
     stage: Stage
     recipe: Recipe
@@ -103,8 +118,9 @@ class Job:
     world: CaptionedPictures
     text_tokenizer: Tokenizer
     runs: Path
-    parents: Mapping[str, Path]  # the weights of each stage that it needs
-    how: Mapping[str, Any]  # precision and progress, for `train`
+    parents: Mapping[str, Path]
+    digests: Mapping[str, str]
+    how: Mapping[str, Any]
 
     @property
     def name(self) -> str:
@@ -124,12 +140,12 @@ class Job:
             model, make_batch, compute_loss, self.recipe.train, self.folder, **options, **self.how
         )
 
-    def parent_digests(self) -> dict[str, str]:
-        """The SHA-256 of the weights that it is trained on top of, by the stage that made them."""
-        return {
-            name: weights.read_card(path.with_suffix(".json")).sha256
-            for name, path in self.parents.items()
-        }
+    def data(self) -> dict[str, Any]:
+        """What it learns from, as its card states it: a world, or pictures of your own."""
+        facts = {"world": self.world.name, "split": self.recipe.split}
+        if isinstance(self.world, Folder):
+            facts[OWN_PICTURES] = self.world.fingerprint()
+        return {**facts, "seed": self.recipe.train.seed}
 
     def claim(self) -> None:
         """Note in the run's folder what it learns from: a world, own pictures, other weights.
@@ -138,9 +154,9 @@ class Job:
             TrainingError: if a run is there already that learned from something else. To go on
                 would mix the two, and the card would tell of one.
         """
-        inputs: dict[str, Any] = {"world": self.world.name, **self.parent_digests()}
-        if isinstance(self.world, Folder):
-            inputs["pictures and captions"] = self.world.fingerprint()
+        data = self.data()
+        inputs = {name: data[name] for name in ("world", OWN_PICTURES) if name in data}
+        inputs |= self.digests
         path = self.folder / RECORD
         before = _read_record(path)
         changed = [name for name in inputs if before and before.get(name) != inputs[name]]
@@ -160,12 +176,12 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """What decided the run, for its card."""
-        others = {k: asdict(v) if is_dataclass(v) else v for k, v in self.recipe.settings.items()}
-        return {**asdict(self.recipe.train), **others}  # type: ignore[call-overload]
+        others = {name: _plain(value) for name, value in self.recipe.settings.items()}
+        return {**asdict(self.recipe.train), **others}
 
     def card(self, result: TrainResult, command: str, metrics: dict[str, Any]) -> Card:
         """What the run's weights say of themselves."""
-        started = self.parent_digests().get(self.stage.init_from or "")
+        started = self.digests.get(self.stage.init_from or "")
         packages = {name: version_of(name) for name in ("torch", "torchvision", "accelerate")}
         leg = Leg(
             command=command,
@@ -182,15 +198,11 @@ class Job:
             stage=self.stage.name,
             preset=self.preset,
             configs=weights.configs_of(self.recipe.model, *self.recipe.other_configs),
-            data={
-                "world": self.world.name,
-                "split": self.recipe.split,
-                "seed": self.recipe.train.seed,
-            },
+            data=self.data(),
             settings=self.settings(),
             legs=(leg,),
             parameters=sum(p.numel() for p in result.model.parameters()),
-            parents=self.parent_digests(),
+            parents=dict(self.digests),
             tokenizer=self._tokenizer_facts(),
             metrics=metrics,
             bars=against_bars(metrics, bars) if metrics else {},
@@ -201,6 +213,11 @@ class Job:
         if not self.stage.reads_captions or not isinstance(self.text_tokenizer, CaptionTokenizer):
             return None
         return self.text_tokenizer.save(self.folder / "tokenizer.json")
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass as a dictionary; anything else as it is."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -254,20 +271,40 @@ def train_stage(
         TrainingError: if the run's folder holds a run that learned from other data.
     """
     job = make_job(stage, preset, runs, parents, data, steps, precision, progress)
+    return run_job(job, command)
+
+
+def run_job(job: Job, command: str = "") -> Path:
+    """Train, measure and write; see `train_stage`."""
     job.claim()
-    result = stage.run(job)
-    file = job.folder / f"{job.name}.safetensors"
-    if not is_first_process():  # of several processes one measures and writes
-        return file
+    result = job.stage.run(job)
     if result.stopped and result.steps_done == 0:
         raise TrainingError(f"{job.name} was stopped before its first step: nothing is written.")
-    weights.save(job.folder, job.card(result, command, {}), result.model.state_dict())
+    if is_first_process():
+        _write_measured(job, result, command)
+    _wait_for_first_process()
+    return job.folder / f"{job.name}.safetensors"
+
+
+def _write_measured(job: Job, result: TrainResult, command: str) -> None:
+    """Write weights and card; the card of a finished run says what was measured on the weights as
+    they come back from their file."""
+    file = weights.save(job.folder, job.card(result, command, {}), result.model.state_dict())
     if result.stopped:
-        return file
+        return
     stored = weights.load(file)
     weights.load_into(result.model, stored)
-    metrics = stage.evaluate(job, result.model)
-    return weights.save(job.folder, job.card(result, command, metrics), stored.state)
+    metrics = job.stage.evaluate(job, result.model)
+    weights.save(job.folder, job.card(result, command, metrics), stored.state)
+
+
+def _wait_for_first_process() -> None:
+    """Of several processes the first measures and writes, which may take longer than a collective
+    call may on a GPU; the next stage reads what it wrote."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        if isinstance(group, dist.ProcessGroup):  # all processes are in it
+            dist.barrier(group)
 
 
 def make_job(
@@ -287,13 +324,17 @@ def make_job(
     recipe = stage.presets[preset]
     if steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
-    world, text_tokenizer = recipe.world(), recipe.text_tokenizer()
+    world: CaptionedPictures = recipe.world()
+    text_tokenizer: Tokenizer = recipe.text_tokenizer()
     if data is not None:
         recipe, world, text_tokenizer = with_own_pictures(
             stage, recipe, world.resolution, Path(data)
         )
+    digests = {
+        name: weights.read_card(path.with_suffix(".json")).sha256 for name, path in parents.items()
+    }
     how = {"precision": precision, "progress": progress}
-    return Job(stage, recipe, preset, world, text_tokenizer, Path(runs), parents, how)
+    return Job(stage, recipe, preset, world, text_tokenizer, Path(runs), parents, digests, how)
 
 
 def with_own_pictures(
@@ -327,7 +368,7 @@ def _device_name() -> str:
 
 @torch.no_grad()
 def encode_world(
-    tokenizer: Any, world: CaptionedPictures, n: int, seed: int
+    tokenizer: ImageTokenizer, world: CaptionedPictures, n: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Scenes (n, facts) and their tokens (n, N), computed once: training then needs no pixel."""
     generator = torch.Generator().manual_seed(seed)

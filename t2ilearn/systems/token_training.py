@@ -18,7 +18,7 @@ from t2ilearn.models.autoencoder import ImageTokenizer
 from t2ilearn.models.sampling import sample
 from t2ilearn.models.transformer import Prior, corrupt_tokens, drop_captions
 from t2ilearn.models.vqvae import VQVAE
-from t2ilearn.systems.registry import load_part
+from t2ilearn.systems.registry import load_parent
 from t2ilearn.systems.stage import Job, encode_world
 from t2ilearn.training import TrainResult
 
@@ -97,6 +97,19 @@ def measure_tokenizer(job: Job, model: nn.Module) -> dict[str, Any]:
 # --- stage two ---------------------------------------------------------------------------------
 
 
+def load_tokenizer(job: Job, stage: str) -> ImageTokenizer:
+    """The tokenizer of an earlier stage.
+
+    Raises:
+        TrainingError: if it was trained anew since the run began.
+        TypeError: if that stage makes no tokenizer of pictures.
+    """
+    tokenizer = load_parent(job, stage)
+    if not isinstance(tokenizer, ImageTokenizer):
+        raise TypeError(f"The stage {stage} makes {type(tokenizer).__name__}, no tokenizer.")
+    return tokenizer
+
+
 def train_prior(
     job: Job, tokenizer_stage: str, make_model: Callable[[Any], Prior], compute_loss: Any
 ) -> TrainResult:
@@ -106,7 +119,7 @@ def train_prior(
     captions is left out.
     """
     world, recipe, words = job.world, job.recipe, job.text_tokenizer
-    tokenizer = load_part(job.parents[tokenizer_stage])
+    tokenizer = load_tokenizer(job, tokenizer_stage)
     count, noise = PICTURES_PER_WORLD[world.name], recipe.settings.get("token_noise", 0.0)
     scenes, tokens = encode_world(tokenizer, world, count, recipe.train.seed)
 

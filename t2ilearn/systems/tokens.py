@@ -3,7 +3,7 @@
 Letters: B pictures, T tokens of a caption, N = h · w tokens of a picture.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,16 @@ from t2ilearn.models.dalle import encode_prefix
 from t2ilearn.models.sampling import sample_steps
 from t2ilearn.models.tokens import null_caption
 from t2ilearn.models.transformer import Prior, log_likelihood
-from t2ilearn.systems.base import Candidates, Options, Request, Scorer, System, check_range
+from t2ilearn.systems.base import (
+    AnyOptions,
+    Candidates,
+    Options,
+    Request,
+    Scorer,
+    System,
+    check_range,
+    shortened,
+)
 from t2ilearn.systems.registry import load_part
 from t2ilearn.systems.reranking import clip_scorers, load_text_tokenizer
 from t2ilearn.weights import WeightsError
@@ -58,12 +67,12 @@ class TokenOptions(Options):
         if not 0 <= self.temperature < float("inf") or 0 < self.temperature < 1e-6:
             raise ValueError(
                 "The temperature must be 0 (greedy) or at least 0.000001, not "
-                f"{self.temperature}."
+                f"{shortened(self.temperature)}."
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top-p must be in (0, 1], not {self.top_p}.")
+            raise ValueError(f"top-p must be in (0, 1], not {shortened(self.top_p)}.")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top-k must be 1 or more, not {self.top_k}.")
+            raise ValueError(f"top-k must be 1 or more, not {shortened(self.top_k)}.")
 
     def for_sampler(self) -> dict[str, Any]:
         """As `models.sampling.sample_steps` takes them."""
@@ -86,6 +95,7 @@ class TokenSystem(System):
     """
 
     Options = TokenOptions
+    takes_start = True
 
     def __init__(
         self,
@@ -118,10 +128,15 @@ class TokenSystem(System):
                 "mean something else there. Train the prior again."
             )
         tokenizer, prior = load_part(tokenizer_file), load_part(prior_file)
+        if not isinstance(tokenizer, ImageTokenizer) or not isinstance(prior, Prior):
+            raise WeightsError(
+                f"{tokenizer_file} and {prior_file} hold {type(tokenizer).__name__} and "
+                f"{type(prior).__name__}, not a tokenizer of pictures and a prior."
+            )
         worlds = worlds_in(cards[1].data["world"])
         return cls(
-            tokenizer,  # type: ignore[arg-type]
-            prior,  # type: ignore[arg-type]
+            tokenizer,
+            prior,
             load_text_tokenizer(prior_file, cards[1]),
             "-".join(card.sha256[:8] for card in cards),
             tuple(world for world in worlds if world in WORLDS),
@@ -134,7 +149,7 @@ class TokenSystem(System):
             done = tokens.shape[1]
             if done % config.side == 0:
                 full = F.pad(tokens, (0, config.num_image_tokens - done))
-                pictures = self.tokenizer.decode_tokens(full).clamp(-1, 1)
+                pictures = self._decode(full)
                 pictures[:, :, done // config.side * self.resolution // config.side :] = 0
                 yield pictures
 
@@ -146,11 +161,12 @@ class TokenSystem(System):
     def candidates(self, request: Request, generator: torch.Generator) -> Candidates:
         """Finished pictures with their tokens."""
         *_, tokens = self.draw_tokens(request, generator)
-        pictures = self.tokenizer.decode_tokens(tokens).clamp(-1, 1)
-        read: dict[str, ReadCaption | str] = {}
-        for text in dict.fromkeys(request.texts()):
-            read[text] = (self.read(text) if text else None) or text
-        return Candidates(pictures, [read[text] for text in request.texts()], tokens)
+        return Candidates(self._decode(tokens), self.read_each(request), tokens)
+
+    @torch.no_grad()
+    def _decode(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b 3 h w"]:
+        """Pictures of tokens, in [−1, 1]."""
+        return self.tokenizer.decode_tokens(tokens).clamp(-1, 1)
 
     def draw_tokens(
         self, request: Request, generator: torch.Generator
@@ -162,7 +178,7 @@ class TokenSystem(System):
         texts = request.texts()
         if options.top_k is not None and options.top_k > self.prior.config.codebook_size:
             most = self.prior.config.codebook_size
-            raise ValueError(f"top-k must be 1 … {most}, not {options.top_k}.")
+            raise ValueError(f"top-k must be 1 … {most}, not {shortened(options.top_k)}.")
         yield from sample_steps(
             self.prior,
             self.ids(texts),
@@ -197,12 +213,14 @@ class TokenSystem(System):
         """The training reader of the world, the prior's own likelihood, and CLIP if it ships."""
         return {"reader": by_reader, "likelihood": by_likelihood, **clip_scorers(self)}
 
-    def default_scorer(self, caption: ReadCaption | None) -> str:
-        """The reader where the caption's world has one, else the likelihood."""
-        return "reader" if caption is not None and caption.world.reader else "likelihood"
+    def default_scorer(self, captions: Sequence[ReadCaption | None]) -> str:
+        """The reader where the captions' world has one, else the likelihood."""
+        worlds = {caption.world if caption else None for caption in captions}
+        readable = len(worlds) == 1 and all(world and world.reader for world in worlds)
+        return "reader" if readable else "likelihood"
 
     @classmethod
-    def manners(cls) -> dict[str, Options]:
+    def manners(cls) -> dict[str, AnyOptions]:
         """Without guidance and truncation, and as `draw` samples by default."""
         learned = TokenOptions(guidance_scale=1.0, top_p=None)
         return {"as learned": learned, "as drawn": cls.Options()}
@@ -238,13 +256,13 @@ def by_reader(system: System) -> Scorer:
 
     def scorer(among: Candidates) -> Tensor:
         captions = [caption for caption in among.captions if isinstance(caption, ReadCaption)]
-        worlds = {caption.world for caption in captions}
-        world = next(iter(worlds), None)
-        if len(captions) != len(among.captions) or len(worlds) != 1 or not world or not world.reader:
+        readers = {caption.world.reader for caption in captions}
+        if len(captions) != len(among.captions) or len(readers) != 1 or None in readers:
             raise ValueError(
                 "The training reader reads captions of shapes; let likelihood choose here."
             )
-        return score(load_reader(world.reader), among.pictures, captions, world)
+        world = captions[0].world
+        return score(load_reader(world.reader or ""), among.pictures, captions, world)
 
     return scorer
 

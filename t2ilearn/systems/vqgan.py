@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from t2ilearn import weights
 from t2ilearn.data import TinyShapes
-from t2ilearn.judging.report import evaluate_tokenizer
+from t2ilearn.judging.reader import Reader
 from t2ilearn.models.lpips import perceptual_distance
 from t2ilearn.models.vqgan import (
     Discriminator,
@@ -26,9 +26,9 @@ from t2ilearn.models.vqgan import (
     VQGANWithDiscriminator,
 )
 from t2ilearn.models.vqvae import VQVAE, VQVAEConfig
-from t2ilearn.systems.registry import load_part, register
+from t2ilearn.systems.registry import load_parent, register
 from t2ilearn.systems.stage import Job, Recipe, Stage
-from t2ilearn.systems.token_training import both_worlds, train_with_codebook
+from t2ilearn.systems.token_training import both_worlds, measure_tokenizer, train_with_codebook
 from t2ilearn.systems.tokens import TokenSystem
 from t2ilearn.systems.vqvae import BOOK, TINY, prior_stage
 from t2ilearn.training import TrainConfig, TrainResult
@@ -65,10 +65,12 @@ def _train(job: Job) -> TrainResult:
     recipe = job.recipe
     torch.manual_seed(recipe.train.seed)
     model = VQVAE.from_config(recipe.model)
-    trunk = load_part(job.parents["reader"]).requires_grad_(False)
+    reader = load_parent(job, "reader").requires_grad_(False)
+    if not isinstance(reader, Reader):
+        raise TypeError(f"The stage reader makes {type(reader).__name__}, no reader.")
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
-        return perceptual_distance(trunk.to(x.device).trunk, x, y)  # type: ignore[arg-type]
+        return perceptual_distance(reader.to(x.device).trunk, x, y)
 
     def compute_loss(both: nn.Module, batch: Any, generator: torch.Generator) -> Any:
         return both(*batch)
@@ -79,7 +81,7 @@ def _train(job: Job) -> TrainResult:
 
 
 def _evaluate(job: Job, both: nn.Module) -> dict[str, Any]:
-    return evaluate_tokenizer(both.generator, job.world)  # type: ignore[arg-type]
+    return measure_tokenizer(job, both.get_submodule("generator"))
 
 
 def _build(stored: Weights) -> dict[str, nn.Module]:
@@ -111,9 +113,7 @@ VQGAN_STAGE = _stage(
         }
     },
 )
-PRIOR_STAGE = prior_stage(
-    "vqgan-prior", "vqgan", bars={"book": {"test-full, as drawn": 0.95}}
-)
+PRIOR_STAGE = prior_stage("vqgan-prior", "vqgan", bars={"book": {"test-full, as drawn": 0.95}})
 
 
 @register

@@ -37,14 +37,12 @@ from t2ilearn.models.vqgan_clip import (
 from t2ilearn.models.vqvae import VQVAE
 from t2ilearn.systems import registry
 from t2ilearn.systems.base import (
-    Candidates,
     Caption,
     Options,
     Prompt,
     Request,
     Scorer,
     System,
-    as_text,
     check_range,
 )
 from t2ilearn.systems.clip import CLIP_STAGE
@@ -118,6 +116,7 @@ class VQGANCLIPSystem(System):
     shows = "a picture optimised towards its caption"
     stages = (VQGAN_STAGE, CLIP_STAGE)
     Options = VQGANCLIPOptions
+    takes_start = True
 
     def __init__(
         self, tokenizer: VQVAE, clip: TrainedCLIP, weights_id: str, worlds: tuple[str, ...]
@@ -208,12 +207,6 @@ class VQGANCLIPSystem(System):
         if tuple(pictures.shape[2:]) == size:
             return pictures
         return F.interpolate(pictures, size, mode="bilinear", antialias=True).clamp(-1, 1)
-
-    def candidates(self, request: Request, generator: torch.Generator) -> Candidates:
-        """Finished pictures with their captions."""
-        pictures = self.generate(request, generator)
-        texts = [as_text(caption) for caption in _each_candidate(request)]
-        return Candidates(pictures, [self.read(text) or text for text in texts])
 
     def read(self, caption: str) -> ReadCaption | None:
         """What a caption states in the worlds that CLIP learned; None for any other text, which is

@@ -22,11 +22,12 @@ from t2ilearn.models.pixelcnn import PixelCNN
 from t2ilearn.models.transformer import Prior, PriorConfig, TransformerPrior, prior_loss
 from t2ilearn.models.vqvae import VQVAE, VQVAEConfig, vqvae_loss
 from t2ilearn.systems.evaluation import evaluate_system
-from t2ilearn.systems.registry import load_part, register
+from t2ilearn.systems.registry import register
 from t2ilearn.systems.stage import Job, Recipe, Stage
 from t2ilearn.systems.token_training import (
     both_worlds,
     both_worlds_for_priors,
+    load_tokenizer,
     measure_tokenizer,
     train_prior,
     train_with_codebook,
@@ -164,8 +165,10 @@ def prior_stage(
 
 def measure_prior(job: Job, tokenizer_stage: str, prior: nn.Module) -> dict[str, Any]:
     """The report of the system that a tokenizer and a prior are together."""
-    tokenizer = load_part(job.parents[tokenizer_stage])
-    system = TokenSystem(tokenizer, prior, job.text_tokenizer, "", ())  # type: ignore[arg-type]
+    if not isinstance(prior, Prior):
+        raise TypeError(f"{type(prior).__name__} is no prior.")
+    tokenizer = load_tokenizer(job, tokenizer_stage)
+    system = TokenSystem(tokenizer, prior, job.text_tokenizer, "", ())
     return evaluate_system(system, job.world.worlds)
 
 

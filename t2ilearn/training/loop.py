@@ -84,7 +84,7 @@ def train(
 
     Args:
         model: with wrappers (`torch.compile`) or without. A generator and a discriminator that
-            train together are one model, whose `players` are both; their gradients are then
+            train together are one model, whose `networks` are both; their gradients are then
             clipped apart, and `gradient_norm` is the first one's.
         make_batch: (step, generator) → any nest of tensors; it is moved to the device. On a GPU
             another thread makes the next batch while this one trains.

@@ -66,8 +66,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def clip_gradients(model: nn.Module, limit: float, accelerator: Accelerator) -> Tensor:
     """Scale each network's gradient down to the norm `limit`; returns the first one's norm before.
 
-    A model whose parts play against each other lists them as `players`; any other is one network.
+    A model of networks with losses of their own lists them as `networks`; any other is one.
     """
     accelerator.unscale_gradients()
-    networks = getattr(model, "players", (model,))
+    networks = getattr(model, "networks", (model,))
     return [nn.utils.clip_grad_norm_(network.parameters(), limit) for network in networks][0]

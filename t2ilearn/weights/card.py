@@ -66,8 +66,8 @@ class Card:
         settings: the fields of `TrainConfig`, and what else decided the run.
         legs: in order of time; the last one ended with these weights.
         parameters: how many numbers were trained.
-        parents: role → SHA-256 of the weights it was trained on top of: "vqvae" for a prior,
-            "reader" for a perceptual loss.
+        parents: role → SHA-256 of the weights it was trained on top of. The role is the stage that
+            made them: "vqvae" for a prior on its tokens, "reader" for a perceptual loss.
         tokenizer: "file", "length" and "sha256" of the tokenizer of its captions; None if it has
             no captions, or splits them into words by itself.
         metrics: name → a number, or an object of numbers and strings such as a value with its

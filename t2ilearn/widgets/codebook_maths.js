@@ -1,7 +1,7 @@
 // The arithmetic of a vector quantizer, as `t2ilearn.models.quantizers` does it. Points are arrays
 // of D numbers; z are n encodings, vectors the K code vectors, tokens the index of each encoding's.
 
-import { throwDie } from "./shared.js";
+import { sampleIndex } from "./shared.js";
 
 // What the two labs share: the plane that is drawn, and the learning rate of a loss that is a mean.
 export const SIDE = 2.4;
@@ -122,7 +122,7 @@ export function sampleWeights(z, vectors) {
 function drawDistinct(weights, count, random) {
   const left = [...weights];
   return Array.from({ length: count }, () => {
-    const i = throwDie(left, random());
+    const i = sampleIndex(left, random());
     left[i] = 0;
     return i;
   });

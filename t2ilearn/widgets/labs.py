@@ -131,7 +131,7 @@ class AttentionLab(Widget):
     Args:
         words: the tokens, at most six.
         queries, keys, values: q, k and v, one point a token, (T, 2), in −2.5 … 2.5.
-        asks: the token whose query is shown first, from 0; by default the third, or of two the last.
+        asks: the token whose query is shown first, from 0; by default the third, or second of two.
 
     Raises:
         ValueError: if these are not as many points as words, or one lies outside.

@@ -1,7 +1,7 @@
 // Sampling from logits: guidance, temperature, top-k, top-p, as `sample_from_logits`.
 
 import {
-  bar, button, randomNumbers, range, shell, show, slider, softmax, table, throwDie, widget,
+  bar, button, randomNumbers, range, shell, show, slider, softmax, table, sampleIndex, widget,
 } from "./shared.js";
 
 const ROWS = 10;
@@ -72,7 +72,7 @@ function draw(model, el) {
   frame.controls.append(...Object.values(sliders).slice(0, guided ? 4 : 3));
   const throwTimes = (times) => {
     const p = current();
-    for (let i = 0; i < times; i++) counts[throwDie(p, random())] += 1;
+    for (let i = 0; i < times; i++) counts[sampleIndex(p, random())] += 1;
     draws += times;
     update();
   };

@@ -28,15 +28,15 @@ export function randomNumbers(seed) {
   };
 }
 
-// Which of the weighted choices a number in [0, 1) falls on.
-export function throwDie(weights, u) {
+// The index that a number in [0, 1) selects, with probabilities in proportion to the weights.
+export function sampleIndex(weights, u) {
   let left = u * weights.reduce((a, b) => a + b, 0);
   let last = 0;
   for (const [i, weight] of weights.entries()) {
     if (weight <= 0) continue;
     if (left < weight) return i;
     left -= weight;
-    last = i; // rounding may leave a crumb: then the last possible choice
+    last = i; // rounding may leave a remainder: then the last possible one
   }
   return last;
 }

@@ -145,8 +145,8 @@ def _weights(
 ) -> Float[Tensor, "b heads s s"]:
     """The weights of attention: its output when the values are unit vectors."""
     b, s, _ = x.shape
-    q, k, _ = layer.qkv(x).view(b, s, 3, layer.heads, -1).permute(2, 0, 3, 1, 4)
-    v = torch.eye(s, dtype=q.dtype, device=q.device).expand(b, layer.heads, s, s)
+    q, k, _ = layer.qkv(x).view(b, s, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
+    v = torch.eye(s, dtype=q.dtype, device=q.device).expand(b, layer.num_heads, s, s)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
