@@ -261,7 +261,8 @@ def test_the_first_row_of_each_scene_is_kept():
     assert measures.first_of_each(scenes).tolist() == [0, 1, 3]
 
 
-def test_zero_shot_recognition_is_among_all_concepts_and_by_pair(unchecked):
+def test_zero_shot_recognition_is_among_all_concepts_and_by_pair(unchecked, monkeypatch):
+    monkeypatch.setattr(measures, "_PROMPTS", (2,))
     world = Emoji(16)
     names = {phrases[0]: number for number, phrases in enumerate(world.phrases)}
     by_length = sorted(names, key=len, reverse=True)

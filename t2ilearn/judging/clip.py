@@ -83,13 +83,13 @@ def evaluate_clip(
     """Every figure of a model, on each world that it learned; shares have their intervals.
 
     Args:
-        n: pictures of the sets that have no fixed number.
+        n: pictures of each set; for retrieval at most `RETRIEVED`.
     """
     metrics: dict[str, Any] = {}
     for part in world.worlds:
         for name in part.test_sets:
             if name != "test-partial":  # captions that leave things out fit several pictures
-                metrics |= retrieval(model, encode, part, name, RETRIEVED)
+                metrics |= retrieval(model, encode, part, name, min(n, RETRIEVED))
         if isinstance(part, Shapes) and not isinstance(part, TinyShapes):  # that has one object
             metrics |= hard_negatives(model, encode, part, n)
         if isinstance(part, Emoji):

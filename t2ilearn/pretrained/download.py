@@ -127,7 +127,8 @@ def _fetch(wanted: RemoteFile, part: Path, progress: bool) -> None:
         if answer.status != 206:  # the server sends the whole
             have = 0
         bar = tqdm(total=wanted.size, initial=have, unit="B", unit_scale=True, disable=not progress)
-        with bar, open(part, "ab" if have else "wb") as file:
+        with bar, open(part, "ab") as file:
+            file.truncate(have)
             while have < wanted.size and (chunk := answer.read(min(_CHUNK, wanted.size - have))):
                 file.write(chunk)
                 have += len(chunk)
