@@ -37,7 +37,7 @@ _WORDS = WordTokenizer()
 _TINY = Recipe(
     TinyShapes,
     TextTowerConfig(_WORDS.vocabulary, _WORDS.length, 64, 2, 4, 64),
-    TrainConfig(2000, 64, 2e-3, 0.1, ema_decay=0.998),
+    TrainConfig(1000, 64, 2e-3, 0.1, ema_decay=0.998),
     other_configs=(ImageTowerConfig(32, 8, 64, 3, 4, 64),),
 )
 _BOOK = Recipe(
