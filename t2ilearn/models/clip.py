@@ -178,10 +178,10 @@ class ImageTower(nn.Module):
         return self.projection(self.norm_post(x[:, 0]))
 
     def _normalise(self, pictures: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
-        """((x + 1) / 2 − mean) / std."""
+        """((x + 1) / 2 − mean) / std, in one step less."""
         mean = pictures.new_tensor(self.config.mean).view(3, 1, 1)
         std = pictures.new_tensor(self.config.std).view(3, 1, 1)
-        return ((pictures + 1) / 2 - mean) / std
+        return (pictures - (2 * mean - 1)) / (2 * std)
 
 
 class TextTower(nn.Module):
