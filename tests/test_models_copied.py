@@ -82,6 +82,28 @@ CHAPTERS = {
         indices, caption = torch.randint(7, (2, 9)), torch.randint(3, 11, (2, 4))
         dalle_loss(model(indices, caption), caption, indices).total.backward()
         """,
+    "clip": """
+        from here.clip import CLIP, ImageTowerConfig, TextTowerConfig, clip_loss
+        model = CLIP(ImageTowerConfig(16, 8, 8, 1, 2, 6), TextTowerConfig(9, 4, 8, 1, 2, 6))
+        captions = torch.tensor([[3, 4, 1, 0], [5, 1, 0, 0]])
+        clip_loss(model(2 * torch.rand(2, 3, 16, 16) - 1, captions)).total.backward()
+        """,
+    "cutouts": """
+        from here.cutouts import CutoutConfig, make_cutouts
+        pictures = 2 * torch.rand(2, 3, 16, 16) - 1
+        assert make_cutouts(pictures, 8, CutoutConfig(3), torch.Generator()).shape == (6, 3, 8, 8)
+        """,
+    "vqgan_clip": """
+        from here.vqgan_clip import *
+        from here.vqvae import VQVAE, VQVAEConfig
+        codec = codec_of(VQVAE.from_config(VQVAEConfig(16, (8, 16), 1, 27, 3)))
+        generator, encode = torch.Generator(), lambda x: x.flatten(1)[:, :5]
+        prompts = make_prompts([[(torch.ones(5), 1.0)]])
+        configs = CutoutConfig(2), OptimisationConfig(1)
+        start = start_from_noise(1, codec, generator)
+        steps = list(optimise(start, codec, encode, prompts, 8, generator, *configs))
+        assert len(steps) == 2
+        """,
 }
 
 

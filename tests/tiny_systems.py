@@ -6,22 +6,25 @@ from dataclasses import replace
 import pytest
 
 from t2ilearn.judging import report
+from t2ilearn.models.clip import TextTowerConfig
 from t2ilearn.models.dvae import DVAEConfig
 from t2ilearn.models.transformer import PriorConfig
 from t2ilearn.models.vqvae import VQVAEConfig
-from t2ilearn.systems import readers, token_training, vqvae
+from t2ilearn.systems import clip, readers, token_training, vqvae
 from t2ilearn.systems.registry import STAGES
 
 QUIET = {"progress": False}
 SIZES = {
     VQVAEConfig: {"channels": (8, 8), "codebook_size": 32, "code_dim": 4},
     DVAEConfig: {"channels": (8, 8), "codebook_size": 32, "code_dim": 4},
+    TextTowerConfig: {"dim": 16, "num_layers": 1, "num_heads": 2},
     PriorConfig: {"codebook_size": 32, "dim": 16, "num_layers": 1, "num_heads": 2},
 }
 EVALUATIONS = (
     (token_training, "evaluate_tokenizer"),
     (vqvae, "evaluate_system"),
     (readers, "evaluate_reader"),
+    (clip, "evaluate_clip"),
 )
 
 

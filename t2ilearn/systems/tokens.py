@@ -3,7 +3,6 @@
 Letters: B pictures, T tokens of a caption, N = h · w tokens of a picture.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from t2ilearn import weights
-from t2ilearn.data import CaptionedPictures, CaptionTokenizer, Tokenizer, WordTokenizer
+from t2ilearn.data import CaptionedPictures, Tokenizer
 from t2ilearn.data.captions import CaptionError
 from t2ilearn.data.grammar import WORLDS, ReadCaption
 from t2ilearn.data.pixels import pictures_from_bytes
@@ -40,7 +39,8 @@ from t2ilearn.systems.base import (
     shortened,
 )
 from t2ilearn.systems.registry import load_part
-from t2ilearn.weights import Card, WeightsError
+from t2ilearn.systems.reranking import clip_scorers, load_text_tokenizer
+from t2ilearn.weights import WeightsError
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,8 @@ class TokenSystem(System):
         return super().read(caption)
 
     def scorers(self) -> dict[str, Callable[[System], Scorer]]:
-        """The training reader of the world, and the prior's own likelihood."""
-        return {"reader": by_reader, "likelihood": by_likelihood}
+        """The training reader of the world, the prior's own likelihood, and CLIP if it ships."""
+        return {"reader": by_reader, "likelihood": by_likelihood, **clip_scorers(self)}
 
     def default_scorer(self, captions: Sequence[ReadCaption | None]) -> str:
         """The reader where the captions' world has one, else the likelihood."""
@@ -277,21 +277,3 @@ def by_likelihood(system: System) -> Scorer:
         return log_likelihood(system.prior, among.tokens, system.ids(texts))
 
     return scorer
-
-
-def load_text_tokenizer(file: Path, card: Card) -> Tokenizer:
-    """The tokenizer through which a prior learned its captions, by its card.
-
-    Raises:
-        WeightsError: if its file is not the one that the prior learned from.
-    """
-    if card.tokenizer is None:
-        return WordTokenizer()
-    path = file.with_name(card.tokenizer["file"])
-    try:
-        tokenizer = CaptionTokenizer.load(path, card.tokenizer["length"])
-    except ValueError as error:
-        raise WeightsError(str(error)) from None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != card.tokenizer["sha256"]:
-        raise WeightsError(f"{path} is not the tokenizer that this prior learned from.")
-    return tokenizer
