@@ -11,5 +11,7 @@ elsewhere, with the siblings that it imports, still runs.
 | 5 DALL·E | `dvae`, `dalle` |
 | 6 CLIP | `clip` |
 | 7 VQGAN-CLIP | `cutouts`, `vqgan_clip` |
+| 8 diffusion | `noise_schedules`, `diffusion`, `diffusion_samplers` |
+| 9 text-to-image diffusion | `conditioning`, `dit`, `unet` |
 | all | `layers`, `tokens`, `distributed` |
 """

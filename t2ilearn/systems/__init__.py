@@ -18,6 +18,7 @@ from t2ilearn.systems import (  # noqa: F401, I001  (the book's order)
     dalle,
     clip,
     vqgan_clip,
+    diffusion,
 )
 from t2ilearn.systems.base import (
     Caption,
