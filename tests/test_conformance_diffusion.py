@@ -27,6 +27,7 @@ from t2ilearn.models.diffusion_samplers import (
     static_threshold,
     timesteps,
 )
+from t2ilearn.models.dit import DiTBlock, sincos_2d
 from t2ilearn.models.noise_schedules import (
     cosine_alpha_bar,
     linear_alpha_bar,
@@ -268,3 +269,62 @@ def test_the_timestep_embedding_is_diffusers_in_both_orders(cos_first, shift):
     agree(
         "timestep embedding", timestep_embedding(t, 32, cos_first=cos_first, shift=shift), peer, 0
     )
+
+
+# ---------------------------------------------------------------- the Transformer's parts
+
+
+def test_a_dit_block_is_diffusers_block_with_shared_modulation(generator):
+    """PixArt-α's block: values, and gradients of every weight."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    peer = BasicTransformerBlock(
+        64,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        activation_fn="gelu",
+        attention_bias=True,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+    ).double()
+    torch.manual_seed(0)
+    ours = DiTBlock(64, 2).double()
+    q, k, v = ours.attention.qkv.weight.chunk(3)
+    bq, bk, bv = ours.attention.qkv.bias.chunk(3)
+    pairs = {
+        "attn1.to_q": (q, bq),
+        "attn1.to_k": (k, bk),
+        "attn1.to_v": (v, bv),
+        "attn1.to_out.0": (ours.attention.out.weight, ours.attention.out.bias),
+        "ff.net.0.proj": (ours.mlp[0].weight, ours.mlp[0].bias),
+        "ff.net.2": (ours.mlp[2].weight, ours.mlp[2].bias),
+    }
+    with torch.no_grad():
+        ours.modulation.copy_(torch.randn(6, 64, generator=generator))
+        peer.scale_shift_table.copy_(ours.modulation)
+        for name, (weight, bias) in pairs.items():
+            peer.get_submodule(name).weight.copy_(weight)
+            peer.get_submodule(name).bias.copy_(bias)
+    x = torch.randn(2, 5, 64, generator=generator, dtype=torch.float64)
+    modulation = torch.randn(2, 6, 64, generator=generator, dtype=torch.float64)
+    real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    minus = torch.zeros(2, 1, 1, 5).masked_fill(~real[:, None, None], -torch.inf)
+    a = ours(x, modulation, minus)
+    b = peer(x, attention_mask=minus[:, 0].double(), timestep=modulation.flatten(1))
+    agree("DiT block", a, b, 1e-10)
+    a.sin().sum().backward()
+    b.sin().sum().backward()
+    theirs = [peer.get_submodule(name).weight.grad for name in pairs]
+    agree("DiT block, gradients", ours.attention.qkv.weight.grad, torch.cat(theirs[:3]), 1e-10)
+    agree("DiT block, gradients", ours.attention.out.weight.grad, theirs[3], 1e-10)
+    agree("DiT block, gradients", ours.mlp[0].weight.grad, theirs[4], 1e-10)
+    agree("DiT block, gradients", ours.mlp[2].weight.grad, theirs[5], 1e-10)
+    agree("DiT block, gradients", ours.modulation.grad, peer.scale_shift_table.grad, 1e-10)
+
+
+def test_positions_are_diffusers_with_row_and_column_exchanged():
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    peer = torch.as_tensor(get_2d_sincos_pos_embed(32, 6, base_size=6, output_type="pt"))
+    column, row = peer.chunk(2, dim=1)
+    agree("2-D sin/cos positions", sincos_2d(6, 32), torch.cat([row, column], 1), 1e-6)

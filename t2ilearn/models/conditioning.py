@@ -20,6 +20,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -84,6 +85,13 @@ class TextTokens(NamedTuple):
     vectors: Float[Tensor, "b t d"]
     real: Bool[Tensor, "b t"]
 
+    def bias(self, others: int = 0) -> Float[Tensor, "b 1 1 keys"]:
+        """What attention adds to its scores: −∞ for padding, 0 for tokens and for `others`, keys
+        that follow them."""
+        bias = torch.zeros(self.real.shape, device=self.real.device)
+        bias = bias.masked_fill(~self.real, -math.inf)
+        return F.pad(bias, (0, others))[:, None, None]
+
 
 class TextEncoder(nn.Module):
     """Captions → vectors of their tokens: embeddings, positions and Transformer blocks.
@@ -114,7 +122,9 @@ class TextEncoder(nn.Module):
         self.vocabulary, self.length = vocabulary, length
         self.token = nn.Parameter(INIT_STD * torch.randn(vocabulary, dim))
         self.position = nn.Parameter(INIT_STD * torch.randn(length, dim))
-        self.blocks = nn.ModuleList(TransformerBlock(dim, num_heads) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim, num_heads, nn.GELU()) for _ in range(num_layers)
+        )
 
     def forward(self, caption: Int[Tensor, "b t"]) -> TextTokens:
         """Vectors of tokens.
@@ -126,9 +136,10 @@ class TextEncoder(nn.Module):
         real = caption != PAD
         longest = int(real.any(0).sum())  # padding is behind the tokens
         caption, real = caption[:, :longest], real[:, :longest]
-        x = nn.functional.embedding(caption, self.token) + self.position[:longest]
+        x = F.embedding(caption, self.token) + self.position[:longest]
+        bias = TextTokens(x, real).bias()
         for block in self.blocks:
-            x = block(x, real[:, None, None])
+            x = block(x, bias)
         return TextTokens(x, real)
 
 
