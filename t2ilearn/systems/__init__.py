@@ -10,7 +10,7 @@
 | add one | a file like `vqvae`: a `System` under `@register` |
 """
 
-from t2ilearn.systems import readers, vqvae, vqgan, dalle  # noqa: F401, I001  (the book's order)
+from t2ilearn.systems import readers, vqvae, vqgan, dalle, diffusion  # noqa: F401, I001  (the book's order)
 from t2ilearn.systems.base import (
     Caption,
     Candidates,

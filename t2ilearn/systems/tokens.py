@@ -197,11 +197,7 @@ class TokenSystem(System):
 
     def ids(self, texts: list[str]) -> Int[Tensor, "n t"]:
         """Ids of captions; those of an empty caption are the unconditional ones."""
-        ids = null_caption(len(texts), self.prior.config.num_text_tokens)
-        given = [number for number, text in enumerate(texts) if text]
-        if given:
-            ids[given] = self.text_tokenizer.encode([texts[number] for number in given])
-        return ids
+        return encode_captions(self.text_tokenizer, texts, self.prior.config.num_text_tokens)
 
     def read(self, caption: str) -> ReadCaption | None:
         """See `System.read`; of your own pictures any caption can be asked for, but not none."""
@@ -215,9 +211,7 @@ class TokenSystem(System):
 
     def default_scorer(self, captions: Sequence[ReadCaption | None]) -> str:
         """The reader where the captions' world has one, else the likelihood."""
-        worlds = {caption.world if caption else None for caption in captions}
-        readable = len(worlds) == 1 and all(world and world.reader for world in worlds)
-        return "reader" if readable else "likelihood"
+        return "reader" if reader_reads(captions) else "likelihood"
 
     @classmethod
     def manners(cls) -> dict[str, AnyOptions]:
@@ -249,6 +243,23 @@ class TokenSystem(System):
             interval = bootstrap(lambda x: x.mean().item(), each, generator=generator)
             metrics[what] = rounded(interval)
         return metrics
+
+
+def encode_captions(
+    text_tokenizer: Tokenizer, texts: Sequence[str], length: int
+) -> Int[Tensor, "n t"]:
+    """Ids of captions, each of this length; an empty caption is the unconditional one."""
+    ids = null_caption(len(texts), length)
+    given = [number for number, text in enumerate(texts) if text]
+    if given:
+        ids[given] = text_tokenizer.encode([texts[number] for number in given])
+    return ids
+
+
+def reader_reads(captions: Sequence[ReadCaption | None]) -> bool:
+    """Whether these captions are of one world, and a training reader reads its pictures."""
+    worlds = {caption.world if caption else None for caption in captions}
+    return len(worlds) == 1 and all(world and world.reader for world in worlds)
 
 
 def by_reader(system: System) -> Scorer:
