@@ -299,7 +299,7 @@ def ddpm_loss(
     t, noise = _draw(x, process, generator, noise, t)
     mix = process.mix(t)
     z = q_sample(x, t, process, noise)
-    prediction = at_least_float32(network(z, t.to(x.device), *conditions))
+    prediction = at_least_float32(network(z, at_least_float32(t).to(x.device), *conditions))
     error = (prediction - target_of(target, x, noise, mix.like(x))) ** 2
     weight = torch.ones_like(mix.snr) if gamma is None else min_snr_weight(target, mix.snr, gamma)
     return _weighted(error, weight)
@@ -318,7 +318,7 @@ def flow_loss(
     t, noise = _draw(x, process, generator, noise, t)
     mix = process.mix(t)
     z = q_sample(x, t, process, noise)
-    prediction = at_least_float32(network(z, t.to(x.device), *conditions))
+    prediction = at_least_float32(network(z, at_least_float32(t).to(x.device), *conditions))
     error = (prediction - target_of("v", x, noise, mix.like(x))) ** 2
     return _weighted(error, torch.ones_like(mix.a))
 
@@ -341,7 +341,7 @@ def jit_loss(
     t, noise = _draw(x, process, generator, noise, t)
     mix = process.mix(t)
     z = q_sample(x, t, process, noise)
-    prediction = at_least_float32(network(z, t.to(x.device), *conditions))
+    prediction = at_least_float32(network(z, at_least_float32(t).to(x.device), *conditions))
     error = (prediction - target_of("x0", x, noise, mix.like(x))) ** 2
     return _weighted(error, mix.b.clamp(min=SMALLEST_DISTANCE) ** -2)
 
