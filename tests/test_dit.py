@@ -218,3 +218,21 @@ def test_it_learns_eight_pictures_and_draws_them_from_their_captions():
     distance = (last.z[:, None] - x).square().flatten(2).mean(-1)  # (8 drawn, 8 pictures)
     assert (distance.argmin(1) == torch.arange(8)).all()
     assert distance.diagonal().max() < 0.02
+
+
+def test_in_bfloat16_the_loss_and_its_gradients_stay_close_to_float32(generator):
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(**SMALL))
+    for layer in (model.modulation, model.last_modulation, model.last):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    x, noise = torch.rand(2, 3, 8, 8, generator=generator), torch.randn(2, 3, 8, 8)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = jit_loss(model, x, RectifiedFlow(), CAPTIONS, noise=noise, t=T)
+        results.append([loss.total, *torch.autograd.grad(loss.total, [*model.parameters()])])
+    assert results[1][0].dtype == torch.float32
+    assert results[1][0].item() == pytest.approx(results[0][0].item(), rel=0.02)
+    for full, half in zip(results[0][1:], results[1][1:], strict=True):
+        assert half.dtype == torch.float32
+        assert (half - full).norm() < 0.1 * full.norm() + 1e-3
