@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from t2ilearn.data import Shapes
 from t2ilearn.data.bpe import LISTED, ROOM, SMALLEST, CaptionTokenizer
 from t2ilearn.data.captions import CaptionError
-from t2ilearn.tokens import END, NULL, PAD
+from t2ilearn.models.tokens import END, NULL, PAD
 
 
 def captions(n=600):

@@ -64,7 +64,7 @@ def test_the_page_lists_all_weights_that_learned_from_emoji():
     learned = {
         name
         for name in weights.available()
-        if "emoji" in worlds_in(weights.load(name).card["data"]["world"])
+        if "emoji" in worlds_in(weights.load(name).card.data["world"])
     }
     listed = re.search(r"emoji of the five studios below, too:\n(.*?)\.", PAGE, re.DOTALL)[1]
     assert set(re.findall(r"`([\w-]+)`", listed)) == learned

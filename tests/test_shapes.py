@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2ilearn import tokens
 from t2ilearn.data import CaptionError, Shapes, TinyShapes, encode, parse, shapes
 from t2ilearn.data import captions as words
-from t2ilearn.reader import matches
+from t2ilearn.judging.alignment import matches
+from t2ilearn.models import tokens
 
 WORLDS = (Shapes(), TinyShapes())
 

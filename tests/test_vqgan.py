@@ -317,9 +317,9 @@ def test_generator_and_discriminator_learn_eight_pictures(tmp_path):
     )
     result = train(
         pair,
-        lambda step, generator: (pictures, step / 300),
+        lambda step, generator: (pictures, step / 160),
         lambda model, batch, generator: model(*batch),
-        TrainConfig(300, 8, 6e-3, warmup_steps=20, ema_decay=0.9),
+        TrainConfig(160, 8, 6e-3, warmup_steps=20, ema_decay=0.9),
         tmp_path,
         betas=(0.5, 0.9),
         progress=False,
@@ -327,7 +327,7 @@ def test_generator_and_discriminator_learn_eight_pictures(tmp_path):
     curves = result.curves
     assert curves["pixels"][-1] < 0.05 < 0.5 < curves["pixels"][0]
     assert curves["perceptual"][-1] < curves["perceptual"][0] / 20
-    entry = next(i for i, step in enumerate(curves["step"]) if step > 0.3 * 300)
+    entry = next(i for i, step in enumerate(curves["step"]) if step > 0.3 * 160)
     loss, weight = curves["discriminator_loss"], curves["adaptive_weight"]
     assert max(loss[: entry - 1]) == 0 < min(loss[entry + 1 :])
     assert max(weight[: entry - 1]) == 0 < weight[-1]
