@@ -261,7 +261,7 @@ class CLIP(nn.Module):
     """Two towers and a learned temperature.
 
     Raises:
-        ValueError: if the towers have different `embed_dim`s.
+        ValueError: if `embed_dim` differs between the towers.
     """
 
     def __init__(self, image_config: ImageTowerConfig, text_config: TextTowerConfig) -> None:

@@ -253,11 +253,8 @@ class DiffusionLoss(NamedTuple):
 def min_snr_weight(kind: str, snr: Float[Tensor, " b"], gamma: float) -> Float[Tensor, " b"]:
     """Hang et al. 2023: the error of x̂ weighs min(SNR, γ), whatever the network predicts.
 
-    | target | weight |
-    |---|---|
-    | "eps" | min(SNR, γ) / SNR |
-    | "x0" | min(SNR, γ) |
-    | "v" of `VariancePreserving` | min(SNR, γ) / (SNR + 1) |
+    The weight is min(SNR, γ) / SNR for "eps", min(SNR, γ) for "x0", and min(SNR, γ) / (SNR + 1)
+    for "v" of `VariancePreserving`.
 
     Args:
         kind: the target.
@@ -289,7 +286,7 @@ def ddpm_loss(
     """L_simple of Ho et al. 2020 (Eq. 14), for each of the three targets.
 
     Args:
-        network: (z, t, *conditions) → prediction.
+        network: (z, t, and all conditions) → prediction.
         target: what it predicts: "eps", "x0" or "v".
         gamma: of min-SNR weights; None weighs all times alike.
         generator: on the CPU, for times and noise that are not given.

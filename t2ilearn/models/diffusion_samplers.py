@@ -112,9 +112,9 @@ def static_threshold(x: Float[Tensor, "b *shape"]) -> Float[Tensor, "b *shape"]:
 def dynamic_threshold(
     x: Float[Tensor, "b *shape"], percentile: float = 0.995
 ) -> Float[Tensor, "b *shape"]:
-    """x̂ clipped to [−s, s] and divided by s, where s ≥ 1 is a percentile of each picture's |x̂|
-    (Saharia et al. 2022, section 2.3). Strong guidance drives pixels beyond 1; clipping alone would
-    leave all of them at the border.
+    """x̂ clipped to [−s, s] and divided by s, where s ≥ 1 is a percentile of the absolute values of
+    x̂ in each picture (Saharia et al. 2022, section 2.3). Strong guidance drives pixels beyond 1;
+    clipping alone would leave all of them at the border.
 
     Args:
         percentile: in (0, 1].
@@ -139,7 +139,7 @@ def guided(
     """A network of z and t with classifier-free guidance: u + s (c − u), both in one batch.
 
     Args:
-        network: (z, t, *conditions) → prediction.
+        network: (z, t, and all conditions) → prediction.
         conditions, null: with what c and u are computed; conditions that both have stand in both.
         guidance_scale: s ≥ 0; 1 is the conditional model, 0 the unconditional one.
         interval: the times, ends included, at which the model is guided; at others s is 1.

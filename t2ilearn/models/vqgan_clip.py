@@ -260,11 +260,9 @@ class OptimisationConfig:
 class VQGANCLIPStep(NamedTuple):
     """What there is after a step.
 
-    Attributes:
-        step: from 0, the start.
-        pictures: in [−1, 1]; the best ones so far if the optimisation ended with `stopped`.
-        loss: of each picture; its cutouts are random, so it varies from step to step.
-        stopped: why the optimisation ends here before its time: "NaN", "no progress", or "".
+    Steps count from 0, the start. The pictures are in [−1, 1]; if the optimisation ended early they
+    are the best ones so far, and `stopped` says why: "NaN" or "no progress". The loss is that of
+    each picture; its cutouts are random, so it varies from step to step.
     """
 
     step: int
