@@ -82,6 +82,56 @@ CHAPTERS = {
         indices, caption = torch.randint(7, (2, 9)), torch.randint(3, 11, (2, 4))
         dalle_loss(model(indices, caption), caption, indices).total.backward()
         """,
+    "noise_schedules": """
+        from here.noise_schedules import cosine_alpha_bar
+        assert 0 < cosine_alpha_bar(10)[-1] < cosine_alpha_bar(10)[0] < 1
+        """,
+    "diffusion": """
+        from here.diffusion import RectifiedFlow, jit_loss
+        net, x = torch.nn.Conv2d(3, 3, 1), 2 * torch.rand(2, 3, 8, 8) - 1
+        jit_loss(lambda z, t: net(z), x, RectifiedFlow()).total.backward()
+        """,
+    "diffusion_samplers": """
+        from here.diffusion import RectifiedFlow
+        from here.diffusion_samplers import Denoiser, euler_steps, flow_times
+        denoise = Denoiser(lambda z, t: 0 * z, RectifiedFlow(), "x0")
+        *_, last = euler_steps(denoise, torch.randn(2, 3, 8, 8), flow_times(3))
+        assert last.z.abs().max() < 1e-5
+        """,
+    "dit": """
+        from here.dit import DiT, DiTConfig
+        model = DiT(DiTConfig(16, 8, 32, 1, 1, 11, 4))
+        z, caption = torch.randn(2, 3, 16, 16), torch.randint(3, 11, (2, 4))
+        assert model(z, torch.rand(2), caption).shape == z.shape
+        """,
+    "unet": """
+        from here.unet import UNet, UNetConfig
+        model = UNet(UNetConfig(16, (32, 32), 1, 8, 1, 11, 4))
+        z, caption = torch.randn(2, 3, 16, 16), torch.randint(3, 11, (2, 4))
+        assert model(z, torch.rand(2), caption).shape == z.shape
+        """,
+    "clip": """
+        from here.clip import CLIP, ImageTowerConfig, TextTowerConfig, clip_loss
+        model = CLIP(ImageTowerConfig(16, 8, 8, 1, 2, 6), TextTowerConfig(9, 4, 8, 1, 2, 6))
+        captions = torch.tensor([[3, 4, 1, 0], [5, 1, 0, 0]])
+        clip_loss(model(2 * torch.rand(2, 3, 16, 16) - 1, captions)).total.backward()
+        """,
+    "cutouts": """
+        from here.cutouts import CutoutConfig, make_cutouts
+        pictures = 2 * torch.rand(2, 3, 16, 16) - 1
+        assert make_cutouts(pictures, 8, CutoutConfig(3), torch.Generator()).shape == (6, 3, 8, 8)
+        """,
+    "vqgan_clip": """
+        from here.vqgan_clip import *
+        from here.vqvae import VQVAE, VQVAEConfig
+        codec = codec_of(VQVAE.from_config(VQVAEConfig(16, (8, 16), 1, 27, 3)))
+        generator, encode = torch.Generator(), lambda x: x.flatten(1)[:, :5]
+        prompts = make_prompts([[(torch.ones(5), 1.0)]])
+        configs = CutoutConfig(2), OptimisationConfig(1)
+        start = start_from_noise(1, codec, generator)
+        steps = list(optimise(start, codec, encode, prompts, 8, generator, *configs))
+        assert len(steps) == 2
+        """,
 }
 
 
@@ -169,6 +219,7 @@ def test_a_copied_model_file_runs_with_its_siblings_alone(name, errors):
 
 def test_every_chapter_has_its_files_in_this_test():
     helpers = {"__init__", "layers", "tokens", "distributed", "autoencoder", "quantizers"}
+    helpers |= {"conditioning"}
     assert {path.stem for path in MODELS.glob("*.py")} - helpers == CHAPTERS.keys()
     copied = set().union(*(with_siblings(name) for name in CHAPTERS))
     assert helpers - {"__init__"} <= copied

@@ -266,7 +266,7 @@ def test_a_text_tokenizer_that_was_replaced_is_not_kept_in_memory(tmp_path, own)
     facts = json.loads(card.read_text(encoding="utf-8"))
     facts["tokenizer"]["sha256"] = "0" * 64
     card.write_text(json.dumps(facts), encoding="utf-8")
-    with pytest.raises(WeightsError, match="not the tokenizer that this prior learned from"):
+    with pytest.raises(WeightsError, match="not the tokenizer that this model learned from"):
         draw("a picture", system=folder, count=1)
 
 

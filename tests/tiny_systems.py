@@ -6,22 +6,28 @@ from dataclasses import replace
 import pytest
 
 from t2ilearn.judging import report
+from t2ilearn.models.clip import TextTowerConfig
+from t2ilearn.models.dit import DiTConfig
 from t2ilearn.models.dvae import DVAEConfig
 from t2ilearn.models.transformer import PriorConfig
 from t2ilearn.models.vqvae import VQVAEConfig
-from t2ilearn.systems import readers, token_training, vqvae
+from t2ilearn.systems import clip, diffusion, readers, token_training, vqvae
 from t2ilearn.systems.registry import STAGES
 
 QUIET = {"progress": False}
 SIZES = {
     VQVAEConfig: {"channels": (8, 8), "codebook_size": 32, "code_dim": 4},
     DVAEConfig: {"channels": (8, 8), "codebook_size": 32, "code_dim": 4},
+    TextTowerConfig: {"dim": 16, "num_layers": 1, "num_heads": 2},
     PriorConfig: {"codebook_size": 32, "dim": 16, "num_layers": 1, "num_heads": 2},
+    DiTConfig: {"patch": 8, "dim": 32, "num_layers": 1},
 }
 EVALUATIONS = (
     (token_training, "evaluate_tokenizer"),
     (vqvae, "evaluate_system"),
+    (diffusion, "evaluate_system"),
     (readers, "evaluate_reader"),
+    (clip, "evaluate_clip"),
 )
 
 
@@ -32,7 +38,7 @@ def tiny_systems(n=16):
     asked, bootstrap = [], report.bootstrap
 
     def measured_on_few(function):
-        return lambda *args: asked.append(args) or function(*args, n=n)
+        return lambda *args, **how: asked.append(args) or function(*args, **{**how, "n": n})
 
     with pytest.MonkeyPatch.context() as patch:
         for module, name in EVALUATIONS:

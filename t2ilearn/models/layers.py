@@ -190,6 +190,27 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+def attend(
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b h s d"],
+    v: Float[Tensor, "b h s d"],
+    bias: Float[Tensor, "..."],
+) -> Float[Tensor, "b h t d"]:
+    """softmax(q kᵀ / √d + bias) v: Eq. 1 of Vaswani et al. with numbers added to the scores.
+
+    On a CPU it is computed as it is written, with the softmax in float32: forward and backward take
+    half the time of PyTorch's own function there (bfloat16, one thread, 92 tokens).
+
+    Args:
+        bias: −∞, or a large negative number, where attention is not allowed; broadcasts to
+            (B, h, T, S), S keys.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, h, T, S)
+    return (at_least_float32(scores) + bias).softmax(-1).to(v.dtype) @ v
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, Eq. 1).
 
@@ -208,14 +229,15 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        mask: Bool[Tensor, "..."] | None = None,
+        mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
         cache: KVCache | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "b t d"]:
         """Every token receives a weighted mean of the values of the tokens that it may attend to.
 
         Args:
-            mask: True where attention is allowed; broadcasts to (B, h, T, cached + new tokens).
+            mask: True where attention is allowed, or numbers to add to the scores; broadcasts to
+                (B, h, T, cached + new tokens).
             cache: the tokens before x; x is appended to it.
             is_causal: every token attends to itself and to those before it, cached ones included.
 
@@ -233,7 +255,10 @@ class Attention(nn.Module):
                 total = k.shape[2]
                 mask = torch.ones(t, total, dtype=torch.bool, device=x.device).tril(total - t)
                 is_causal = False
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        if mask is not None and mask.is_floating_point():
+            y = attend(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.out(y.transpose(1, 2).reshape(b, t, d))
 
 
@@ -258,7 +283,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        mask: Bool[Tensor, "..."] | None = None,
+        mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
         cache: KVCache | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "b t d"]:

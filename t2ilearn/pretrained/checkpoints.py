@@ -104,7 +104,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     _check_kind(path)
     try:
-        sizes = _check_zip(path)
+        sizes = check_zip(path)
+        if is_torchscript(path):
+            raise WeightsError(
+                "it is TorchScript, a program with its weights inside. OpenAI's CLIP is read by "
+                "`pretrained.clip.load_clip`, from this file or from model.safetensors of Hugging "
+                "Face; of a VQGAN fetch the last.ckpt"
+            )
         with torch.serialization.safe_globals(_STUBS):
             # Mapped into memory, optimiser states that no one uses take none.
             content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
@@ -114,10 +120,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     except zipfile.BadZipFile as error:
         raise WeightsError(f"{path} is truncated or damaged ({error}). Fetch it again.") from None
     except Exception as error:  # a damaged pickle may fail in any way
-        raise WeightsError(_reason(path, error)) from None
+        raise WeightsError(reason_of(path, error)) from None
 
 
-def _reason(path: Path, error: Exception) -> str:
+def reason_of(path: Path, error: Exception) -> str:
     """What `torch.load` refused, without its advice to load the file with `weights_only=False`."""
     text = str(error)
     refused = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", text)  # as torch words it
@@ -155,7 +161,15 @@ def _check_kind(path: Path) -> None:
     raise WeightsError(f"{path} is no checkpoint of PyTorch: it begins with {start[:16]!r}.")
 
 
-def _check_zip(path: Path) -> set[int]:
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a zip that `torch.jit.save` wrote."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return any(name.partition("/")[2] == "constants.pkl" for name in file.namelist())
+
+
+def check_zip(path: Path) -> set[int]:
     """The sizes in bytes of the parts of a zip, if it is whole and of `torch.save`'s layout.
 
     Raises:
@@ -167,13 +181,10 @@ def _check_zip(path: Path) -> set[int]:
         roots = {name.partition("/")[0] for name in names}
         if len(roots) != 1 or f"{next(iter(roots))}/data.pkl" not in names:
             raise WeightsError("it is a zip, but not one that torch.save wrote")
-        if f"{next(iter(roots))}/constants.pkl" in names:
-            raise WeightsError(
-                "it is TorchScript, a program with its weights inside. Fetch the weights alone: "
-                "for OpenAI's CLIP model.safetensors from Hugging Face, for a VQGAN its last.ckpt"
-            )
         # Nor may a small file fill the memory.
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+        # Only TorchScript's program is compressed by PyTorch itself, and nothing reads that.
+        parts = [e for e in file.infolist() if not e.filename.partition("/")[2].startswith("code/")]
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in parts):
             raise WeightsError("something compressed it after torch.save; take the original")
         damaged = file.testzip()
         if damaged is not None:
@@ -185,7 +196,7 @@ def _tensors(content: Any, sizes: set[int]) -> dict[str, Tensor]:
     """The named tensors of a checkpoint's content, no longer mapped to its file."""
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {
-        name: _checked(name, tensor, sizes).clone()
+        name: check_tensor(name, tensor, sizes).clone()
         for name, tensor in (state.items() if isinstance(state, dict) else ())
         if isinstance(name, str) and isinstance(tensor, Tensor)
     }
@@ -196,7 +207,7 @@ def _tensors(content: Any, sizes: set[int]) -> dict[str, Tensor]:
     return tensors
 
 
-def _checked(name: str, tensor: Tensor, sizes: set[int]) -> Tensor:
+def check_tensor(name: str, tensor: Tensor, sizes: set[int]) -> Tensor:
     """A dense tensor on the CPU whose numbers are a part of the file, each used at most once."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:
         kind = f"{type(tensor).__name__} of {tensor.dtype}"

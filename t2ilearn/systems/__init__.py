@@ -7,10 +7,19 @@
 | load one network | `load_part("vqgan-book", "discriminator")` |
 | train | `train_system("vqvae", "tiny")` |
 | measure | `evaluate_system(load("vqvae"))` |
+| rank pictures by CLIP | `rank(pictures, "a small red star")` |
 | add one | a file like `vqvae`: a `System` under `@register` |
 """
 
-from t2ilearn.systems import readers, vqvae, vqgan, dalle  # noqa: F401, I001  (the book's order)
+from t2ilearn.systems import (  # noqa: F401, I001  (the book's order)
+    readers,
+    vqvae,
+    vqgan,
+    dalle,
+    clip,
+    vqgan_clip,
+    diffusion,
+)
 from t2ilearn.systems.base import (
     Caption,
     Candidates,
@@ -36,6 +45,7 @@ from t2ilearn.systems.registry import (
     register,
     title,
 )
+from t2ilearn.systems.reranking import rank
 
 __all__ = [
     "PLANS",
@@ -56,6 +66,7 @@ __all__ = [
     "load_part",
     "names",
     "plan",
+    "rank",
     "register",
     "rerank",
     "title",

@@ -55,6 +55,8 @@ class Source(NamedTuple):
 def find(name: str | Path) -> Source:
     """A system by its name ("vqvae", "vqvae-tiny"), or by the folder of its last stage's run.
 
+    A system that is built on weights without a training of its own has those it needs as stages.
+
     Raises:
         ValueError: if there is no such system.
         WeightsError: if its weights are not there.
@@ -104,7 +106,8 @@ def _find_run(folder: Path) -> Source:
 
 
 def _parent(stage: Stage, preset: str, runs: Path, parents: Mapping[str, str]) -> Path:
-    """The weights of an earlier stage, by the SHA-256 that a later one's card names."""
+    """The weights of an earlier stage, by the SHA-256 that a later one's card names; any, where the
+    later one was not trained on top of it."""
     wanted, candidates = parents.get(stage.name), [stage.file_in(runs, preset)]
     if stage.weights_name(preset) in weights.available():
         candidates.append(weights.find(stage.weights_name(preset)))
@@ -112,9 +115,14 @@ def _parent(stage: Stage, preset: str, runs: Path, parents: Mapping[str, str]) -
     for path in candidates:
         if path.is_file():
             found[path] = weights.read_card(path.with_suffix(".json")).sha256
-            if found[path] == wanted:
+            if wanted in (None, found[path]):
                 return path
     seen = ", ".join(f"{path} is {digest[:8]}" for path, digest in found.items()) or "none is there"
+    if wanted is None:
+        raise WeightsError(
+            f"There are no weights of {stage.weights_name(preset)} beside this run or among those "
+            f"that ship. Train them first, into {runs}."
+        )
     raise WeightsError(
         f"The weights of {stage.weights_name(preset)} that this run was trained on top of "
         f"({str(wanted)[:8]}) are missing: {seen}. With others its tokens would mean something "

@@ -3,7 +3,6 @@
 Letters: B pictures, T tokens of a caption, N = h · w tokens of a picture.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from t2ilearn import weights
-from t2ilearn.data import CaptionedPictures, CaptionTokenizer, Tokenizer, WordTokenizer
+from t2ilearn.data import CaptionedPictures, Tokenizer
 from t2ilearn.data.captions import CaptionError
 from t2ilearn.data.grammar import WORLDS, ReadCaption
 from t2ilearn.data.pixels import pictures_from_bytes
@@ -40,7 +39,8 @@ from t2ilearn.systems.base import (
     shortened,
 )
 from t2ilearn.systems.registry import load_part
-from t2ilearn.weights import Card, WeightsError
+from t2ilearn.systems.reranking import clip_scorers, load_text_tokenizer
+from t2ilearn.weights import WeightsError
 
 
 @dataclass(frozen=True)
@@ -197,11 +197,7 @@ class TokenSystem(System):
 
     def ids(self, texts: list[str]) -> Int[Tensor, "n t"]:
         """Ids of captions; those of an empty caption are the unconditional ones."""
-        ids = null_caption(len(texts), self.prior.config.num_text_tokens)
-        given = [number for number, text in enumerate(texts) if text]
-        if given:
-            ids[given] = self.text_tokenizer.encode([texts[number] for number in given])
-        return ids
+        return encode_captions(self.text_tokenizer, texts, self.prior.config.num_text_tokens)
 
     def read(self, caption: str) -> ReadCaption | None:
         """See `System.read`; of your own pictures any caption can be asked for, but not none."""
@@ -210,14 +206,12 @@ class TokenSystem(System):
         return super().read(caption)
 
     def scorers(self) -> dict[str, Callable[[System], Scorer]]:
-        """The training reader of the world, and the prior's own likelihood."""
-        return {"reader": by_reader, "likelihood": by_likelihood}
+        """The training reader of the world, the prior's own likelihood, and CLIP if it ships."""
+        return {"reader": by_reader, "likelihood": by_likelihood, **clip_scorers(self)}
 
     def default_scorer(self, captions: Sequence[ReadCaption | None]) -> str:
         """The reader where the captions' world has one, else the likelihood."""
-        worlds = {caption.world if caption else None for caption in captions}
-        readable = len(worlds) == 1 and all(world and world.reader for world in worlds)
-        return "reader" if readable else "likelihood"
+        return "reader" if reader_reads(captions) else "likelihood"
 
     @classmethod
     def manners(cls) -> dict[str, AnyOptions]:
@@ -251,6 +245,23 @@ class TokenSystem(System):
         return metrics
 
 
+def encode_captions(
+    text_tokenizer: Tokenizer, texts: Sequence[str], length: int
+) -> Int[Tensor, "n t"]:
+    """Ids of captions, each of this length; an empty caption is the unconditional one."""
+    ids = null_caption(len(texts), length)
+    given = [number for number, text in enumerate(texts) if text]
+    if given:
+        ids[given] = text_tokenizer.encode([texts[number] for number in given])
+    return ids
+
+
+def reader_reads(captions: Sequence[ReadCaption | None]) -> bool:
+    """Whether these captions are of one world, and a training reader reads its pictures."""
+    worlds = {caption.world if caption else None for caption in captions}
+    return len(worlds) == 1 and all(world and world.reader for world in worlds)
+
+
 def by_reader(system: System) -> Scorer:
     """How surely the training reader finds in a picture what its caption states."""
 
@@ -277,21 +288,3 @@ def by_likelihood(system: System) -> Scorer:
         return log_likelihood(system.prior, among.tokens, system.ids(texts))
 
     return scorer
-
-
-def load_text_tokenizer(file: Path, card: Card) -> Tokenizer:
-    """The tokenizer through which a prior learned its captions, by its card.
-
-    Raises:
-        WeightsError: if its file is not the one that the prior learned from.
-    """
-    if card.tokenizer is None:
-        return WordTokenizer()
-    path = file.with_name(card.tokenizer["file"])
-    try:
-        tokenizer = CaptionTokenizer.load(path, card.tokenizer["length"])
-    except ValueError as error:
-        raise WeightsError(str(error)) from None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != card.tokenizer["sha256"]:
-        raise WeightsError(f"{path} is not the tokenizer that this prior learned from.")
-    return tokenizer
