@@ -174,6 +174,14 @@ def browser():
         yield browser
 
 
+@pytest.fixture
+def empty_browser(browser):
+    """The browser of the file, for a test whose pages close when it ends."""
+    yield browser
+    for context in browser.contexts:
+        context.close()
+
+
 # A small notebook with what a chapter's widgets need: one script, keyboard, a linked slider.
 TOY_CELL = """
 import anywidget

@@ -80,7 +80,7 @@ FAINT = """() => {
     .filter(([, ratio]) => ratio < 4.5);
 }"""
 
-# What is wider than the window, the innermost first: what to mend.
-WIDE = """() => [...document.querySelectorAll("body *")]
+# What in the text is wider than the window: what to mend.
+WIDE = """() => [...document.querySelectorAll(".bd-article *, .bd-article, header *, footer *")]
   .filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5)
   .slice(-5).map((e) => e.outerHTML.slice(0, 120))"""

@@ -259,6 +259,25 @@ def pytest_runtest_call(item):
 """
 
 
+def shorten_texts(notebook: nbformat.NotebookNode) -> None:
+    """Stored texts of widgets as ipywidgets 7 gives them: 110 characters, the rest cut off.
+
+    A cell after each compares the whole text.
+    """
+    cells = []
+    for cell in notebook.cells:
+        cells.append(cell)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            text = data.get("text/plain", "")
+            if "application/vnd.jupyter.widget-view+json" in data and len(text) > 110:
+                assert output.output_type == "execute_result", f"{cell.id}: `_` is another"
+                data["text/plain"] = text[:110] + "…"
+                whole = f"assert repr(_) == {text!r}, repr(_)"
+                cells.append(new_code_cell(whole, id=f"{cell.id}-whole"))
+    notebook.cells = cells
+
+
 def colab_run(name: str, on_colab: bool) -> nbformat.NotebookNode:
     """A chapter, its lab's cells that only show a widget, and cells that press buttons and check.
 
@@ -276,6 +295,8 @@ def colab_run(name: str, on_colab: bool) -> nbformat.NotebookNode:
     hand = {"play": PLAY + PRESS.get(name, ""), "states": STATES}
     hand |= {"versions": VERSIONS} if on_colab else {}
     chapter.cells += [new_code_cell(source, id=key) for key, source in hand.items()]
+    if on_colab:
+        shorten_texts(chapter)
     return chapter
 
 

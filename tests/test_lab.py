@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 import conftest
 import pytest
@@ -20,7 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 READY = (Path(sys.prefix) / ".has-lab").exists() and shutil.which("make") is not None
 CHAPTER = "notebooks/01_pictures.ipynb"
-ALIVE = ROOT / "notebooks" / "02_vqvae.ipynb"  # its widgets are dragged, slid and clicked
+ALIVE = "notebooks/02_vqvae.ipynb"  # its widgets are dragged, slid and clicked
 # Notes, in a file, the addresses that Jupyter's server and its kernel look up or connect to.
 NOTES = """
 import os, sys
@@ -49,18 +50,39 @@ def status(url: str) -> tuple[int, bytes]:
         return 0, b""
 
 
+class Lab(NamedTuple):
+    address: str  # with token, as `make lab` prints it
+    noted: Path  # the hosts that server and kernel reach for
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The address (with token) that a running `make lab` prints."""
+    """A running `make lab` over copies of the chapters, of which one is signed.
+
+    Everything of Jupyter's own is made anew, but for the settings that the Makefile makes.
+    """
+    clone, own = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("own")
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, clone)
+    shutil.copytree(ROOT / "notebooks", clone / "notebooks")
+    (own / "site").mkdir()
+    (own / "site" / "sitecustomize.py").write_text(NOTES, encoding="utf-8")
+    places = ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
+    environment = {**os.environ, **{name: str(own / name) for name in places}}
+    environment |= {"PYTHONPATH": str(own / "site"), "T2ILEARN_NOTED": str(own / "noted")}
+    environment |= {"BROWSER": "true"}  # the command that opens no window
+    trust = [Path(sys.executable).parent / "jupyter", "trust", clone / ALIVE]
+    subprocess.run(trust, env=environment, check=True, capture_output=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("lab") / "log"
-    command = ["make", "lab", f"VENV={sys.prefix}", f"PORT={port}"]
-    environment = {**os.environ, "BROWSER": "true"}  # the command that opens no window
+    log = own / "log"
+    # Nothing is installed from the copy, and one signed chapter is enough.
+    done = [f"--assume-old={sys.prefix}/{stamp}" for stamp in (".has-lab", ".trusted")]
+    command = ["make", "lab", *done, f"VENV={sys.prefix}", f"PORT={port}"]
     with log.open("w", encoding="utf-8") as file:
         server = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=file, env=environment, start_new_session=True
+            command, cwd=clone, stdout=file, stderr=file, env=environment, start_new_session=True
         )
     try:
         deadline = time.monotonic() + 120
@@ -71,7 +93,7 @@ def lab(tmp_path_factory):
             time.sleep(0.2)
         else:
             pytest.fail(f"make lab did not come up:\n{log.read_text(encoding='utf-8')[-2000:]}")
-        yield found[0]
+        yield Lab(found[0], own / "noted")
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
@@ -81,9 +103,9 @@ def lab(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.skipif(not READY, reason="not run by make test, or no JupyterLab here")
 def test_make_lab_serves_chapter_one_behind_its_token(lab):
-    assert CHAPTER in lab
-    base, token = re.match(r"(http://[^/]+)/.*token=(\w+)", lab).groups()
-    assert status(lab)[0] == 200
+    assert CHAPTER in lab.address
+    base, token = re.match(r"(http://[^/]+)/.*token=(\w+)", lab.address).groups()
+    assert status(lab.address)[0] == 200
     code, body = status(f"{base}/api/contents/{CHAPTER}?token={token}")
     assert code == 200 and json.loads(body)["content"]["cells"]
     assert status(f"{base}/api/contents/{CHAPTER}")[0] == 403
@@ -92,52 +114,14 @@ def test_make_lab_serves_chapter_one_behind_its_token(lab):
 # ---------------------------------------------------------------- in a browser
 
 
-@pytest.fixture
-def signed(tmp_path):
-    """A JupyterLab of its own, as `make lab` sets it up, that opens a signed copy of a chapter: its
-    address, and the file of addresses that server and kernel reach for."""
-    shelf, noted = tmp_path / "shelf", tmp_path / "noted"
-    shelf.mkdir()
-    shutil.copy(ALIVE, shelf)
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(NOTES, encoding="utf-8")
-    # The settings of `make lab`; everything else of Jupyter's is made anew.
-    settings = ("etc/ipython/ipython_kernel_config.py", "share/jupyter/lab/settings/overrides.json")
-    made = [f"{sys.prefix}/{name}" for name in settings]
-    subprocess.run(["make", *made, f"VENV={sys.prefix}"], cwd=ROOT, check=True)
-    places = ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
-    environment = {**os.environ, **{name: str(tmp_path / name) for name in places}}
-    environment |= {"PYTHONPATH": str(tmp_path / "site"), "T2ILEARN_NOTED": str(noted)}
-    jupyter = Path(sys.executable).parent / "jupyter"
-    trust = [jupyter, "trust", shelf / ALIVE.name]
-    subprocess.run(trust, env=environment, check=True, capture_output=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
-    options += [f"--ServerApp.port={port}", "--IdentityProvider.token=chapter"]
-    command = [jupyter, "lab", *options, f"--ServerApp.root_dir={shelf}"]
-    with (tmp_path / "log").open("w", encoding="utf-8") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 120
-        while status(f"http://127.0.0.1:{port}/api/status?token=chapter")[0] != 200:
-            if time.monotonic() > deadline or server.poll() is not None:
-                pytest.fail((tmp_path / "log").read_text(encoding="utf-8")[-2000:])
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/lab/tree/{ALIVE.name}?token=chapter", noted
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not READY, reason="not run by make test, or no JupyterLab here")
-def test_a_signed_chapter_shows_its_widgets_before_any_cell_runs_and_stays_saved(signed):
-    address, noted = signed
-    stored = json.loads(ALIVE.read_text(encoding="utf-8"))
+def test_a_signed_chapter_shows_its_widgets_before_any_cell_runs_and_stays_saved(lab):
+    address, noted = lab.address.replace(CHAPTER, ALIVE), lab.noted
+    text = (ROOT / ALIVE).read_text(encoding="utf-8")
+    stored = json.loads(text)
     counts = [c["execution_count"] for c in stored["cells"] if c["cell_type"] == "code"]
-    wanted = ALIVE.read_text(encoding="utf-8").count('"_anywidget_id"')
+    wanted = text.count('"_anywidget_id"')
     asked, sent = [], []
     with conftest.headless_browser() as browser:
         from playwright.sync_api import expect

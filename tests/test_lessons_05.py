@@ -11,21 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from t2ilearn.lessons import exercise
-from t2ilearn.lessons.exercises import exercises, judge
+from t2ilearn.lessons.exercises import judge
 from t2ilearn.models.autoencoder import AutoencoderConfig, ImageTokenizer
 from t2ilearn.models.dalle import DALLE, DALLEOutput, dalle_loss, encode_prefix
 from t2ilearn.models.dvae import DVAEOutput, dvae_loss, gumbel_softmax
 from t2ilearn.models.tokens import NULL, PAD, null_caption
 from t2ilearn.models.transformer import PriorConfig
 from t2ilearn.systems import Candidates, rerank
-
-
-@pytest.mark.parametrize("task", exercises(5), ids=lambda task: task.id)
-def test_the_solution_passes_and_each_mistake_gets_its_message(task):
-    assert judge(task, task.code.solution).right
-    for name, mistake in task.code.mistakes.items():
-        verdict = judge(task, mistake)
-        assert not verdict.right and verdict.message == task.mistakes[name], name
 
 
 # Answers as readers write them: not the package's own, and found by what they do.

@@ -10,7 +10,6 @@ import sys
 from itertools import product
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -580,34 +579,32 @@ SHOW = """async (state) => {
 
 
 @pytest.mark.slow
-def test_frames_open_at_their_start_and_reset_returns_there():
+def test_frames_open_at_their_start_and_reset_returns_there(empty_browser):
     captions = [f"{row}-{step}" for row in ("up", "down") for step in range(3)]
     axes = {"row": ["up", "down"], "step": range(3)}
     frames = Frames(colours(6), axes, captions, start=("down", 2))
-    with conftest.headless_browser() as browser:
-        page = browser.new_page()
-        page.evaluate(SHOW, state_of(frames))
-        caption, sliders = page.locator("figcaption"), page.locator("input[type=range]")
-        assert caption.inner_text() == "down-2"
-        assert [slider.input_value() for slider in sliders.all()] == ["1", "2"]
-        sliders.first.press("ArrowLeft")
-        sliders.last.press("ArrowLeft")
-        assert caption.inner_text() == "up-1"
-        page.get_by_role("button", name="Reset").click()
-        assert caption.inner_text() == "down-2"
-        assert [slider.input_value() for slider in sliders.all()] == ["1", "2"]
-        page.get_by_role("button", name="Play").click()  # from the last it begins at the first
-        assert caption.inner_text() == "down-0"
+    page = empty_browser.new_page()
+    page.evaluate(SHOW, state_of(frames))
+    caption, sliders = page.locator("figcaption"), page.locator("input[type=range]")
+    assert caption.inner_text() == "down-2"
+    assert [slider.input_value() for slider in sliders.all()] == ["1", "2"]
+    sliders.first.press("ArrowLeft")
+    sliders.last.press("ArrowLeft")
+    assert caption.inner_text() == "up-1"
+    page.get_by_role("button", name="Reset").click()
+    assert caption.inner_text() == "down-2"
+    assert [slider.input_value() for slider in sliders.all()] == ["1", "2"]
+    page.get_by_role("button", name="Play").click()  # from the last it begins at the first
+    assert caption.inner_text() == "down-0"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "title"), [("terms", "three loss"), ("collapse", "collapse and")])
-def test_the_codebook_lab_shows_one_lab(mode, title):
-    with conftest.headless_browser() as browser:
-        page = browser.new_page()
-        page.evaluate(SHOW, state_of(CodebookLab(mode=mode)))
-        (root,) = page.locator(".t2i").all()
-        assert title in root.get_attribute("aria-label")
+def test_the_codebook_lab_shows_one_lab(empty_browser, mode, title):
+    page = empty_browser.new_page()
+    page.evaluate(SHOW, state_of(CodebookLab(mode=mode)))
+    (root,) = page.locator(".t2i").all()
+    assert title in root.get_attribute("aria-label")
 
 
 def test_the_package_itself_imports_no_widget():

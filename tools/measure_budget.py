@@ -25,7 +25,6 @@ from tempfile import TemporaryDirectory
 import nbformat
 
 import run_notebooks
-from t2ilearn.lessons.budget import RECORD
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ("machine_minutes", "memory_gb", "machine")
@@ -95,6 +94,8 @@ def main() -> int:
     if asked.execute:
         print(json.dumps(execute_here(asked.execute)))
         return 0
+    from t2ilearn.lessons.budget import RECORD  # brings torch, which an execution here can spare
+
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
     for number, path in chapters().items():
         if asked.numbers and number not in asked.numbers:
