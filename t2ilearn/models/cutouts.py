@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,8 @@ class _TurnHue(nn.Module):
 
 def augmentation(config: CutoutConfig) -> Callable[[Tensor], Tensor]:
     """What alters one cutout of every picture, at random: [−1, 1] → [−1, 1]."""
+    from torchvision.transforms import v2  # its import takes a second, which other systems save
+
     moves: list[nn.Module] = []  # in [−1, 1], where the 0 that torchvision fills with is grey;
     colours: list[nn.Module] = []  # its own `fill` works in place and has no gradient
     bilinear = v2.InterpolationMode.BILINEAR
