@@ -10,9 +10,10 @@
         alt="The picture goes through the encoder; the reconstruction loss compares …",
     )
 
-Boxes stand on a grid, columns from left to right and rows from above. At most four columns, so
-that a narrow screen shows them without scrolling. The chapters' own diagrams are in `PICTURES` of
-the lessons' modules; this file only draws.
+Boxes stand on a grid, columns from left to right and rows from above. Two columns are as wide as a
+phone of 320 pixels. A wider diagram never gets smaller letters than are readable: it scrolls in its
+own frame instead, so prefer tall diagrams to wide ones. The chapters' own diagrams are in the
+lessons' modules, such as `lessons.chapter02_diagrams`; this file only draws.
 
 | kind | meaning | look |
 |---|---|---|
@@ -22,6 +23,9 @@ the lessons' modules; this file only draws.
 | "table" | a learned table, such as a codebook | green |
 | "loss" | a loss term | orange |
 | "operation" | something without parameters | a thin outline |
+
+A full arrow is a path of the forward pass. A dashed one says what a loss compares. An orange one
+with `gradient=True` is a path of a gradient, which runs backwards.
 """
 
 import html
@@ -43,6 +47,7 @@ HUES = {
     "operation": INK,
 }
 MOST_COLUMNS = 4
+SMALLEST = 0.82  # the smallest scale: letters of 13 units keep 10.7 pixels
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,6 @@ class Box:
         """In units."""
         return LINE * len(self.lines) + (LINE - 2) * len(self.notes) + 12
 
-    @property
-    def middle(self) -> tuple[int | float, int | float]:
-        """In units, before the margin."""
-        return self.at[0] * COLUMN + BOX_WIDTH / 2, self.at[1] * ROW + ROW / 2
-
 
 @dataclass(frozen=True)
 class Arrow:
@@ -98,6 +98,7 @@ class Arrow:
         label: what it carries.
         dashed: for what is compared or copied and not computed from.
         bend: moves the middle of the arrow sideways by so many units, around other boxes.
+        gradient: for a gradient's path, against the direction of the forward pass.
     """
 
     start: str
@@ -105,6 +106,7 @@ class Arrow:
     label: str = ""
     dashed: bool = False
     bend: int | float = 0
+    gradient: bool = False
 
 
 class Diagram:
@@ -113,13 +115,17 @@ class Diagram:
     Args:
         boxes, arrows: what to draw.
         alt: what the diagram shows, in whole sentences, for readers who cannot see it.
+        row: units between the middles of neighbouring rows.
 
     Raises:
         ValueError: if an arrow names no box, two boxes share a name or a place, there are more
             than four columns, or there is no alternative text.
     """
 
-    def __init__(self, boxes: Sequence[Box], arrows: Sequence[Arrow], alt: str) -> None:
+    def __init__(
+        self, boxes: Sequence[Box], arrows: Sequence[Arrow], alt: str, row: int | float = ROW
+    ) -> None:
+        self.row = row
         self.boxes = {box.name: box for box in boxes}
         self.arrows, self.alt = tuple(arrows), alt
         if len(self.boxes) != len(boxes) or len({box.at for box in boxes}) != len(boxes):
@@ -137,7 +143,28 @@ class Diagram:
         """Width and height in units."""
         columns = max(box.at[0] for box in self.boxes.values())
         rows = max(box.at[1] for box in self.boxes.values())
-        return columns * COLUMN + BOX_WIDTH + 2 * MARGIN, (rows + 1) * ROW + 2 * MARGIN
+        left, right = self._overhang()
+        return (
+            columns * COLUMN + BOX_WIDTH + 2 * MARGIN + left + right,
+            (rows + 1) * self.row + 2 * MARGIN,
+        )
+
+    def middle(self, box: Box) -> tuple[int | float, int | float]:
+        """The middle of a box in units, before the margin."""
+        return box.at[0] * COLUMN + BOX_WIDTH / 2, box.at[1] * self.row + self.row / 2
+
+    def _overhang(self) -> tuple[int | float, int | float]:
+        """Room for arrows that bend out to the left and to the right of all boxes."""
+        most = max(box.at[0] for box in self.boxes.values()) * COLUMN + BOX_WIDTH
+        left = right = 0.0
+        for arrow in self.arrows:
+            (x0, y0, x1, y1), (cx, _) = self._route(arrow)
+            if arrow.bend and y0 != y1:
+                label = 6 * len(arrow.label) + 8 if arrow.label else 0  # a letter is about six wide
+                middle = (x0 + 2 * cx + x1) / 4
+                left = max(left, label - middle if arrow.bend < 0 else 0)
+                right = max(right, middle + label - most if arrow.bend > 0 else 0)
+        return left, right
 
     def svg(self) -> str:
         """The drawing as one SVG element."""
@@ -146,24 +173,31 @@ class Diagram:
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
             f'role="img" aria-label="{html.escape(self.alt)}" class="t2i-diagram" '
-            f'style="width:100%;max-width:{width:g}px;height:auto;'
+            f'style="width:100%;min-width:{SMALLEST * width:.0f}px;max-width:{width:g}px;height:auto;'
             'font-family:sans-serif">',
             f"<title>{html.escape(self.alt)}</title>",
             f'<defs><marker id="{key}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
             f'markerHeight="7" orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="{INK}"/>'
-            "</marker></defs>",
-            f'<g transform="translate({MARGIN} {MARGIN})">',
+            f'</marker><marker id="{key}g" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
+            f'markerHeight="7" orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" '
+            f'fill="{HUES["loss"]}"/></marker></defs>',
+            f'<g transform="translate({MARGIN + self._overhang()[0]:g} {MARGIN})">',
             *(self._arrow(arrow, key) for arrow in self.arrows),
             *(self._box(box) for box in self.boxes.values()),
             "</g></svg>",
         ]
         return "".join(parts)
 
+    def html(self) -> str:
+        """The drawing in a frame that scrolls sideways where the page is too narrow for it."""
+        focus = ' tabindex="0"' if SMALLEST * self.size[0] > 290 else ""  # for the arrow keys
+        return f'<div style="overflow-x:auto"{focus}>{self.svg()}</div>'
+
     def _box(self, box: Box) -> str:
-        x, y = box.middle
+        x, y = self.middle(box)
         hue = HUES[box.kind]
         fill = {"data": 0, "operation": 0, "frozen": 0.1}.get(box.kind, 0.16)
-        radius = {"data": box.height / 2, "loss": 2}.get(box.kind, 6)
+        radius = {"data": min(box.height / 2, 20), "loss": 2}.get(box.kind, 6)
         dash = ' stroke-dasharray="5 3"' if box.kind == "frozen" else ""
         thick = 1 if box.kind == "operation" else 1.8
         rect = (
@@ -181,32 +215,45 @@ class Diagram:
             words.append(_text(x, at, line, 11, INK))
         return rect + "".join(words)
 
-    def _arrow(self, arrow: Arrow, key: str) -> str:
+    def _route(self, arrow: Arrow) -> tuple[tuple[float, ...], tuple[float, float]]:
+        """The ends of an arrow as x, y, x, y, and the point that its curve bends towards."""
         start, end = self.boxes[arrow.start], self.boxes[arrow.end]
-        (x0, y0), (x1, y1) = start.middle, end.middle
-        across, down = x1 - x0, y1 - y0
-        half = BOX_WIDTH / 2
-        if abs(across) * ROW > abs(down) * COLUMN:  # sideways
-            side = 1 if across > 0 else -1
-            x0, x1 = x0 + side * half, x1 - side * (half + 2)
-            middle = ((x0 + x1) / 2, (y0 + y1) / 2 + arrow.bend)
-        else:
-            side = 1 if down > 0 else -1
-            y0, y1 = y0 + side * start.height / 2, y1 - side * (end.height / 2 + 2)
-            middle = ((x0 + x1) / 2 + arrow.bend, (y0 + y1) / 2)
-        control = (2 * middle[0] - (x0 + x1) / 2, 2 * middle[1] - (y0 + y1) / 2)
-        dash = ' stroke-dasharray="4 4"' if arrow.dashed else ""
+        (x0, y0), (x1, y1) = self.middle(start), self.middle(end)
+        half, right, below = BOX_WIDTH / 2, 1 if x1 > x0 else -1, 1 if y1 > y0 else -1
+        if y0 == y1:  # from side to side
+            x0, x1 = x0 + right * half, x1 - right * (half + 2)
+            return (x0, y0, x1, y1), ((x0 + x1) / 2, y0 + 2 * arrow.bend)
+        if x0 != x1:  # round a corner: out above or below, and in by the side
+            y0, x1 = y0 + below * start.height / 2, x1 - right * (half + 2)
+            return (x0, y0, x1, y1), (x0, y1)
+        if arrow.bend:  # around the boxes between: out of a side, and in again by the same
+            side = 1 if arrow.bend > 0 else -1
+            x0, x1 = x0 + side * half, x1 + side * (half + 2)
+            return (x0, y0, x1, y1), (x0 + 2 * arrow.bend, (y0 + y1) / 2)
+        y0, y1 = y0 + below * start.height / 2, y1 - below * (end.height / 2 + 2)
+        return (x0, y0, x1, y1), (x0, (y0 + y1) / 2)
+
+    def _arrow(self, arrow: Arrow, key: str) -> str:
+        (x0, y0, x1, y1), (cx, cy) = self._route(arrow)
+        dash = ' stroke-dasharray="4 4"' if arrow.dashed or arrow.gradient else ""
+        hue, head = (HUES["loss"], f"{key}g") if arrow.gradient else (INK, key)
         path = (
-            f'<path d="M{x0:g} {y0:g}Q{control[0]:g} {control[1]:g} {x1:g} {y1:g}" fill="none" '
-            f'stroke="{INK}" stroke-width="1.5"{dash} marker-end="url(#{key})"/>'
+            f'<path d="M{x0:g} {y0:g}Q{cx:g} {cy:g} {x1:g} {y1:g}" fill="none" '
+            f'stroke="{hue}" stroke-width="{2 if arrow.gradient else 1.5}"{dash} '
+            f'marker-end="url(#{head})"/>'
         )
+        x, y = (x0 + 2 * cx + x1) / 4, (y0 + 2 * cy + y1) / 4  # half-way along the curve
         if not arrow.label:
             return path
-        return path + _text(middle[0] + 5, middle[1] + 4, arrow.label, 11, INK, anchor="start")
+        if y0 == y1:
+            return path + _text(x, y - 5, arrow.label, 11, INK)
+        if arrow.bend < 0:
+            return path + _text(x - 5, y + 4, arrow.label, 11, INK, anchor="end")
+        return path + _text(x + 5, y + 4, arrow.label, 11, INK, anchor="start")
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         """For notebooks and the book's pages: the drawing, and its words as plain text."""
-        return {"text/html": self.svg(), "text/plain": f"Diagram: {self.alt}"}
+        return {"text/html": self.html(), "text/plain": f"Diagram: {self.alt}"}
 
 
 def _text(

@@ -1,14 +1,16 @@
-"""Exercises of chapter 2 as code; their words are in `chapter02.toml`."""
+"""Exercises of chapter 2 as code; their words are in `chapter02.toml`, the build's code in
+`chapter02_build.py`."""
 
 import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from t2ilearn.lessons.chapter02_build import BUILD
 from t2ilearn.lessons.exercises import Answer, Code
+from t2ilearn.lessons.experiments import recorded
 from t2ilearn.models.quantizers import EMAQuantizer
 
 
@@ -16,185 +18,80 @@ def _points(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def bits_of_a_picture(side: int, codebook_size: int) -> float:
-    """Bits in side × side tokens, each one of `codebook_size`."""
-    return side**2 * math.log2(codebook_size)
+# --- 2.1 ----------------------------------------------------------------------------------------
 
 
-def _see_bits(answer: Answer) -> list:
-    return [answer(8, 1024), answer(4, 512)]
+def largest_codebook(side: int, budget: int) -> int:
+    """The largest power of two K for which side × side tokens need at most `budget` bits."""
+    bits_per_token = budget // side**2
+    return 2**bits_per_token
 
 
-_BITS = {
-    "one_token": lambda side, K: math.log2(K),
-    "one_row": lambda side, K: side * math.log2(K),
-    "nats": lambda side, K: side**2 * math.log(K),
-    "not_log": lambda side, K: side**2 * K,
-    "product": lambda side, K: math.log2(side**2 * K),
+def _see_codebook(answer: Answer) -> list:
+    return [float(answer(*sizes)) for sizes in ((8, 640), (8, 700), (4, 100))]
+
+
+_CODEBOOK = {
+    "one_row": lambda side, budget: 2 ** (budget // side),
+    "bits": lambda side, budget: budget // side**2,
+    "no_power": lambda side, budget: int(2 ** (budget / side**2)),
+    "too_large": lambda side, budget: 2 ** math.ceil(budget / side**2 + 1e-9),
+    "nats": lambda side, budget: int(math.exp(budget // side**2)),
+    "bytes": lambda side, budget: 2 ** (8 * budget // side**2),
 }
 
 
-def nearest(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int[Tensor, " n"]:
-    """Index of the nearest code vector for each encoding (van den Oord 2017, Eq. 1)."""
-    distances = (codebook**2).sum(1) - 2 * z @ codebook.T  # (n, K)
-    return distances.argmin(1)
+# --- 2.2 ----------------------------------------------------------------------------------------
 
 
-def _see_nearest(answer: Answer) -> Any:
-    return answer(1.3 * _points(5, 60, 2), 1.5 * _points(6, 7, 2))
-
-
-_NEAREST = {
-    "farthest": lambda z, e: torch.cdist(z, e).argmax(1),
-    "product": lambda z, e: (z @ e.T).argmax(1),
-    "plus": lambda z, e: ((e**2).sum(1) + 2 * z @ e.T).argmin(1),
-    "no_two": lambda z, e: ((e**2).sum(1) - z @ e.T).argmin(1),
-    "unsquared": lambda z, e: (e.norm(dim=1) - 2 * z @ e.T).argmin(1),
-    "cosine": lambda z, e: (F.normalize(z) @ F.normalize(e).T).argmax(1),
-    "squares": lambda z, e: torch.cdist(z, e).square().amin(1),
-    "distances": lambda z, e: torch.cdist(z, e).amin(1),
-    "other_way": lambda z, e: torch.cdist(z, e).argmin(0),
-    "vectors": lambda z, e: e[torch.cdist(z, e).argmin(1)],
-}
-
-
-def straight_through(z: Float[Tensor, "n d"], e: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """The value of e, with the gradient for z (van den Oord 2017, section 3.2)."""
-    return z + (e - z).detach()
-
-
-def _pulled(value: Any, *leaves: Tensor, by: Tensor | None = None) -> list[Tensor]:
-    """A value and the gradients that reach the leaves; zeros where none does."""
-    grads: list[Tensor | None] = [None] * len(leaves)
-    if value.requires_grad:
-        grads = list(torch.autograd.grad(value, leaves, by, allow_unused=True))
-    pairs = zip(grads, leaves, strict=True)
-    return [value, *(torch.zeros_like(leaf) if g is None else g for g, leaf in pairs)]
-
-
-def _see_straight(answer: Answer) -> list:
-    z, e = _points(1, 5, 2).requires_grad_(), _points(2, 5, 2).requires_grad_()
-    return _pulled(answer(z, e), z, e, by=_points(3, 5, 2))
-
-
-_STRAIGHT = {
-    "z_alone": lambda z, e: z,
-    "bracket": lambda z, e: z + (z - e).detach(),
-    "detached": lambda z, e: e.detach(),
-    "all_to_e": lambda z, e: z.detach() + (e - z.detach()),
-    "e_too": lambda z, e: z + e - z.detach(),
-    "halves": lambda z, e: (z + e) / 2 + (e - z).detach() / 2,
-}
-
-
-def quantizer_loss(
-    z: Float[Tensor, "n d"], e: Float[Tensor, "n d"], beta: float
-) -> Float[Tensor, ""]:
-    """Second and third term of van den Oord 2017, Eq. 3, as means."""
-    codebook_loss = F.mse_loss(e, z.detach())
-    commitment_loss = F.mse_loss(z, e.detach())
-    return codebook_loss + beta * commitment_loss
-
-
-def _see_loss(answer: Answer) -> list:
-    z, e = _points(1, 5, 2).requires_grad_(), _points(2, 5, 2).requires_grad_()
-    return _pulled(answer(z, e, 0.25), z, e)
-
-
-def _weighed(first: Any, second: Any, sums: bool = False) -> Answer:
-    """The two terms with other weights, of which each may be a function of β."""
-
-    def answer(z: Tensor, e: Tensor, beta: float) -> Tensor:
-        a, b = (w(beta) if callable(w) else w for w in (first, second))
-        loss = a * F.mse_loss(e, z.detach()) + b * F.mse_loss(z, e.detach())
-        return loss * z.numel() if sums else loss
-
-    return answer
-
-
-def _same(beta: float) -> float:
-    return beta
-
-
-_LOSS = {
-    "beta_swapped": _weighed(_same, 1),
-    "sums": _weighed(1, _same, sums=True),
-    "beta_both": _weighed(_same, _same),
-    "no_beta": _weighed(1, 1),
-    "no_commitment": _weighed(1, 0),
-    "no_codebook": _weighed(0, _same),
-    "no_detach": lambda z, e, beta: (1 + beta) * F.mse_loss(z, e),
-    "both_encoder": lambda z, e, beta: (1 + beta) * F.mse_loss(z, e.detach()),
-    "both_codes": lambda z, e, beta: (1 + beta) * F.mse_loss(e, z.detach()),
-    "nothing": lambda z, e, beta: (1 + beta) * F.mse_loss(e, z).detach(),
-    "late": lambda z, e, beta: (
-        F.mse_loss(z + (e - z).detach(), z.detach()) + beta * F.mse_loss(z, e.detach())
-    ),
-}
-
-
-def my_perplexity(counts: Int[Tensor, " k"]) -> float:
-    """exp of the entropy of the indices, from how often each was used: 1 … K."""
+def unused_bits(counts: Int[Tensor, " k"]) -> float:
+    """log₂ K minus the entropy of the indices in bits: what a token could carry and does not."""
     p = counts[counts > 0] / counts.sum()
-    return float((-(p * p.log()).sum()).exp())
+    entropy = -(p * p.log2()).sum()
+    return math.log2(len(counts)) - float(entropy)
 
 
-def _see_perplexity(answer: Answer) -> list:
-    return [answer(torch.tensor(n)) for n in ([5, 3, 0, 2], [4, 4, 4, 4], [9, 0, 0, 0])]
+def _see_unused(answer: Answer) -> list:
+    return [answer(torch.tensor(n)) for n in ([5, 3, 0, 2], [9, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8])]
 
 
-def _entropy(counts: Tensor) -> Tensor:
+def _nats(counts: Tensor) -> Tensor:
     return torch.special.entr(counts / counts.sum()).sum()
 
 
-_PERPLEXITY = {
-    "nan": lambda n: (-(n / n.sum() * (n / n.sum()).log()).sum()).exp(),
-    "entropy": _entropy,
-    "base": lambda n: 2 ** _entropy(n),
-    "count": lambda n: (n > 0).sum(),
-    "usage": lambda n: (n > 0).double().mean(),
-    "sign": lambda n: (-_entropy(n)).exp(),
-    "counts": lambda n: torch.special.entr(n.double()).sum().exp(),
+_UNUSED = {
+    "nan": lambda n: math.log2(len(n)) + (n / n.sum() * (n / n.sum()).log2()).sum(),
+    "nats": lambda n: math.log(len(n)) - _nats(n),
+    "mixed": lambda n: math.log2(len(n)) - _nats(n),
+    "carried": lambda n: _nats(n) / math.log(2),
+    "used_only": lambda n: torch.log2((n > 0).sum()) - _nats(n) / math.log(2),
+    "codes": lambda n: len(n) - _nats(n).exp(),
+    "usage": lambda n: math.log2(len(n)) * (1 - (n > 0).double().mean()),
 }
 
 
-def ema_step(
-    count: Float[Tensor, ""],
-    total: Float[Tensor, " d"],
-    chosen: Float[Tensor, "n d"],
-    decay: float,
-) -> tuple[Float[Tensor, ""], Float[Tensor, " d"], Float[Tensor, " d"]]:
-    """One code vector's averages after a step, and the vector (van den Oord 2017, appendix A.1)."""
-    new_count = decay * count + (1 - decay) * len(chosen)
-    new_total = decay * total + (1 - decay) * chosen.sum(0)
-    return new_count, new_total, new_total / new_count
+# --- 2.3 ----------------------------------------------------------------------------------------
 
 
-def _see_ema(answer: Answer) -> list:
-    count, total = torch.tensor(2.0), torch.tensor([1.0, -3.0])
-    crowds = (_points(4, 6, 2), _points(4, 0, 2))
-    return [list(answer(count, total, chosen, 0.9)) for chosen in crowds]
+def steps_until_dead(count: float, decay: float, threshold: float) -> int:
+    """The first step without a use after which N = γ^steps · count is below the threshold."""
+    return math.floor(math.log(threshold / count) / math.log(decay)) + 1
 
 
-def _ema_but(keep: float = 0.9, take: float = 0.1, mean: bool = False, code: str = "") -> Answer:
-    """An EMA step with one thing wrong."""
-
-    def answer(count: Tensor, total: Tensor, chosen: Tensor, decay: float) -> tuple:
-        added = chosen.mean(0) if mean else chosen.sum(0)
-        n, m = keep * count + take * len(chosen), keep * total + take * added
-        return n, m, {"": m / n, "m": m, "mean": chosen.mean(0), "old": m / count}[code]
-
-    return answer
+def _see_dead(answer: Answer) -> list:
+    return [answer(1.0, 0.99, 0.03), answer(20.0, 0.9, 0.03), answer(4.0, 0.5, 0.03)]
 
 
-_EMA = {
-    "swapped": _ema_but(0.1, 0.9),
-    "mean": _ema_but(mean=True),
-    "full": _ema_but(take=1.0),
-    "sum_alone": _ema_but(code="m"),
-    "batch_mean": _ema_but(code="mean"),
-    "old_count": _ema_but(code="old"),
+_DEAD = {
+    "one_less": lambda n, decay, least: math.floor(math.log(least / n) / math.log(decay)),
+    "no_start": lambda n, decay, least: math.floor(math.log(least) / math.log(decay)) + 1,
+    "linear": lambda n, decay, least: math.floor((n - least) / (1 - decay)) + 1,
+    "other_memory": lambda n, decay, least: math.floor(math.log(least / n) / math.log(1 - decay)) + 1,
+    "fraction": lambda n, decay, least: math.log(least / n) / math.log(decay),
 }
+
+
+# --- 2.4 ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -240,12 +137,126 @@ _RESTART = {
     "averages_only": _set("counts", "sums"),
 }
 
+
+# --- 2.6: the derivation ------------------------------------------------------------------------
+
+
+def copied_gradient(
+    x: Float[Tensor, " c"],
+    A: Float[Tensor, "c d"],
+    z: Float[Tensor, " d"],
+    e: Float[Tensor, " d"],
+    beta: float,
+) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """The gradient that z receives from all three terms, and how far its reconstruction part is
+    from the gradient at z itself."""
+    C, D = A.shape
+    reconstruction = -2 / C * A.T @ (x - A @ e)
+    commitment = 2 * beta / D * (z - e)
+    error = 2 / C * A.T @ A @ (e - z)
+    return reconstruction + commitment, error
+
+
+def _see_copied(answer: Answer) -> list:
+    inputs = (_points(1, 3), _points(2, 3, 2), _points(3, 2), _points(4, 2), 0.5)
+    return [*answer(*inputs)]
+
+
+def _copied_but(
+    at: str = "e",
+    factor: float = 1.0,
+    commitment: float = 1.0,
+    extra: float = 0.0,
+    sums: bool = False,
+    error: float = 1.0,
+) -> Answer:
+    """The two results with one thing wrong."""
+
+    def answer(x: Tensor, A: Tensor, z: Tensor, e: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+        C, D = (1, 1) if sums else A.shape
+        place = e if at == "e" else z
+        pulled = -2 * factor / C * A.T @ (x - A @ place)
+        held = 2 * (commitment * beta + extra) / D * (z - e)
+        return pulled + held, error * 2 / C * A.T @ A @ (e - z)
+
+    return answer
+
+
+_COPIED = {
+    "at_z": _copied_but(at="z"),
+    "true": _copied_but(factor=0.0),
+    "sums": _copied_but(sums=True),
+    "no_beta": _copied_but(commitment=0.0, extra=1.0),
+    "no_commitment": _copied_but(commitment=0.0),
+    "codebook_too": _copied_but(extra=1.0),
+    "uphill": _copied_but(factor=-1.0),
+    "error_sign": _copied_but(error=-1.0),
+    "no_error": _copied_but(error=0.0),
+}
+
+
+# --- 2.7: the experiment ------------------------------------------------------------------------
+
+
+def effects(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """Paired differences in usage: by initialisation, their mean and smallest; by learning rate."""
+    usage = {(r["learning_rate"], r["initialisation"], r["seed"]): r["usage"] for r in rows}
+    rates, seeds = ({key[i] for key in usage} for i in (0, 2))
+    by_start = [usage[r, "k-means", s] - usage[r, "random", s] for r in rates for s in seeds]
+    by_rate = [usage[max(rates), "random", s] - usage[min(rates), "random", s] for s in seeds]
+    return sum(by_start) / len(by_start), min(by_start), sum(by_rate) / len(by_rate)
+
+
+def _see_effects(answer: Answer) -> list:
+    return [*answer(recorded("2.7").rows)]
+
+
+def _effects_but(
+    of: str = "usage", seeds: int = 3, sign: int = 1, kept: Any = min, start: str = "random"
+) -> Answer:
+    """The three numbers with one thing wrong."""
+
+    def answer(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
+        changed = [{**row, "usage": row[of]} for row in rows if row["seed"] < seeds]
+        swap = {"random": "k-means", "k-means": "random"}
+        mean, least, _ = effects(changed)
+        others = [{**row, "initialisation": swap[row["initialisation"]]} for row in changed]
+        by_rate = effects(changed if start == "random" else others)[2]
+        if kept is max:
+            least = -effects(others)[1]
+        return sign * mean, sign * least, sign * by_rate
+
+    return answer
+
+
+def _best_seed(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
+    best: dict[tuple[float, str], float] = {}
+    for row in rows:
+        key = (row["learning_rate"], row["initialisation"])
+        best[key] = max(row["usage"], best.get(key, 0.0))
+    chosen = [
+        {"learning_rate": rate, "initialisation": start, "seed": 0, "usage": usage}
+        for (rate, start), usage in best.items()
+    ]
+    return effects(chosen)
+
+
+_EFFECTS = {
+    "perplexity": _effects_but(of="perplexity"),
+    "psnr": _effects_but(of="psnr"),
+    "one_seed": _effects_but(seeds=1),
+    "best_seed": _best_seed,
+    "sign": _effects_but(sign=-1),
+    "largest": _effects_but(kept=max),
+    "other_start": _effects_but(start="k-means"),
+}
+
 EXERCISES = {
-    "2.1": Code(bits_of_a_picture, _see_bits, _BITS),
-    "2.2": Code(nearest, _see_nearest, _NEAREST),
-    "2.3": Code(straight_through, _see_straight, _STRAIGHT),
-    "2.4": Code(quantizer_loss, _see_loss, _LOSS),
-    "2.5": Code(my_perplexity, _see_perplexity, _PERPLEXITY),
-    "2.6": Code(ema_step, _see_ema, _EMA),
-    "2.7": Code(restart_code, _see_restart, _RESTART, in_place=True),
+    "2.1": Code(largest_codebook, _see_codebook, _CODEBOOK),
+    "2.2": Code(unused_bits, _see_unused, _UNUSED),
+    "2.3": Code(steps_until_dead, _see_dead, _DEAD),
+    "2.4": Code(restart_code, _see_restart, _RESTART, in_place=True),
+    "2.5": BUILD,
+    "2.6": Code(copied_gradient, _see_copied, _COPIED),
+    "2.7": Code(effects, _see_effects, _EFFECTS),
 }

@@ -12,7 +12,9 @@ values, or gradients. What it measures on the reader's answer is compared with w
 the solution and on each known mistake. So a mistake is found by what it *does*, however it is
 written.
 
-The code of a chapter's exercises is in `chapterNN.py`, their words are in `chapterNN.toml`.
+The code of a chapter's exercises is in `chapterNN.py`, their words are in `chapterNN.toml`. Besides
+short exercises there are long ones: a *build*, whose class is graded in steps (`builds`), a
+*derivation* with a worked solution, and an *experiment* with a recorded result (`experiments`).
 """
 
 import inspect
@@ -29,16 +31,18 @@ from torch import Tensor
 
 Answer = Callable[..., Any]
 FOLDER = Path(__file__).parent
+KINDS = ("short", "build", "derivation", "experiment")
 
 
 class Code(NamedTuple):
-    """A solution, what to measure on an answer, wrong answers by name, and whether answers change
-    their arguments in place and return nothing."""
+    """A solution, what to measure on an answer, wrong answers by name, whether answers change
+    their arguments in place and return nothing, and the steps of a build."""
 
     solution: Answer
     measure: Callable[[Answer], Any]
     mistakes: Mapping[str, Answer]
     in_place: bool = False
+    steps: tuple["Code", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class Exercise:
         moral: the message after "Right".
         mistakes: the message for each wrong answer in `code.mistakes`, by its name.
         code: see `Code`.
+        kind: one of `KINDS`.
+        worked: a derivation's or an experiment's worked solution, in Markdown.
+        steps: of a build, exercises of their own.
 
     Raises:
         ValueError: if words and code do not fit together.
@@ -69,8 +76,13 @@ class Exercise:
     moral: str
     mistakes: Mapping[str, str]
     code: Code = field(repr=False)
+    kind: str = "short"
+    worked: str = ""
+    steps: tuple["Exercise", ...] = ()
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS or (self.kind == "build") != bool(self.steps):
+            raise ValueError(f"Exercise {self.id}: its kind is one of {KINDS}; a build has steps.")
         if self.mistakes.keys() != self.code.mistakes.keys() or self.stars not in (1, 2, 3):
             odd = ", ".join(self.mistakes.keys() ^ self.code.mistakes.keys())
             raise ValueError(f"Exercise {self.id}: one to three stars, and words for: {odd}.")
@@ -88,15 +100,20 @@ class Exercise:
     @property
     def stub(self) -> str:
         """The cell that the reader fills in."""
+        call = f'check("{self.id}", {self.name})'
+        if self.steps:
+            from t2ilearn.lessons.builds import stub  # which imports this module
+
+            return f"{stub(self.code)}\n\n\n{call}"
         body = "pass  # your lines" if self.code.in_place else "return None  # your lines"
         arguments = ", ".join(inspect.signature(self.code.solution).parameters)
-        call = f'check("{self.id}", {self.name})'
         return f"def {self.name}({arguments}):\n    {body}\n\n\n{call}"
 
     @property
     def head(self) -> str:
-        """Number, title, difficulty, minutes."""
-        return f"Exercise {self.id}: {self.title} {'★' * self.stars} ({self.minutes} min)"
+        """Number, title, kind, difficulty, minutes."""
+        kind = "" if self.kind == "short" else f", {self.kind}"
+        return f"Exercise {self.id}: {self.title} {'★' * self.stars} ({self.minutes} min{kind})"
 
     def __repr__(self) -> str:
         return f"{self.head}\n\n{self.task}"
@@ -106,7 +123,14 @@ class Exercise:
         from t2ilearn.figures import show_source  # matplotlib is slow to import
 
         solution = show_source(self.code.solution, docstrings=False).data
-        parts = (f"**{self.head}**", self.task, _folded("Hint", self.hint))
+        parts = [f"**{self.head}**", self.task]
+        for number, step in enumerate(self.steps, 1):
+            name, minutes = f"{number}. `{step.name}`", f"({step.minutes} min)"
+            parts.append(f"**{name}, {step.title}** {minutes}. {step.task.strip()}")
+        hints = [f"{n}. {step.hint.strip()}" for n, step in enumerate(self.steps, 1)]
+        parts.append(_folded("Hints" if hints else "Hint", "\n\n".join([self.hint, *hints])))
+        if self.worked:
+            parts.append(_folded("Worked solution", self.worked))
         return "\n\n".join((*parts, _folded("Solution", solution)))
 
 
@@ -122,8 +146,8 @@ class Verdict:
     message: str
 
 
-class _Stop(Exception):
-    """The answer cannot be looked at; the message says why."""
+class NotYet(Exception):
+    """The answer cannot be graded; the message says why."""
 
 
 @dataclass
@@ -134,19 +158,26 @@ class _Guarded:
     in_place: bool
     returned: list[Any] = field(default_factory=list)
 
+    @property
+    def owner(self) -> type | None:
+        """The reader's class, if the answer is one of its methods."""
+        return getattr(self.answer, "owner", None)
+
     def __call__(self, *arguments: Any) -> Any:
         before = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
         try:
             result = self.answer(*arguments)
+        except NotYet:
+            raise
         except Exception as error:
-            raise _Stop(f"It stops with {type(error).__name__}: {error}") from None
+            raise NotYet(f"It stops with {type(error).__name__}: {error}") from None
         if self.in_place:
             return result
         if result is None or result is NotImplemented or result is ...:
-            raise _Stop("It waits: the function returns nothing yet.")
+            raise NotYet("It waits: the function returns nothing yet.")
         for old, new in zip(before, arguments, strict=True):
             if isinstance(new, Tensor) and not _alike([old], [new.detach()]):
-                raise _Stop(
+                raise NotYet(
                     "It changes its argument in place. Whoever calls it will be surprised: "
                     "compute something new, or clone first."
                 )
@@ -164,7 +195,7 @@ def judge(task: Exercise, answer: Any) -> Verdict:
     watched = _Guarded(answer, code.in_place)
     try:
         got = _numbers(code.measure(watched))
-    except _Stop as stop:
+    except NotYet as stop:
         return Verdict(False, str(stop))
     except Exception:  # the answer is nothing that `measure` can use
         what = type(watched.returned[-1]).__name__ if watched.returned else "nothing"
@@ -219,7 +250,17 @@ def exercises(chapter: int) -> tuple[Exercise, ...]:
     """The exercises of a chapter; none if there is no such chapter here."""
     rows = words(chapter).get("exercise", ())
     codes = import_module(f"t2ilearn.lessons.chapter{chapter:02d}").EXERCISES if rows else {}
-    return tuple(Exercise(**row, code=codes[row["id"]]) for row in rows)
+    return tuple(_from_words(row, codes[row["id"]]) for row in rows)
+
+
+def _from_words(row: dict[str, Any], code: Code) -> Exercise:
+    """An exercise from its words and its code; a build's steps are numbered, "2.5.1"."""
+    rows, words = row.get("step", ()), {k: v for k, v in row.items() if k != "step"}
+    steps = tuple(
+        Exercise(**each, id=f"{row['id']}.{n}", stars=row["stars"], code=step)
+        for n, (each, step) in enumerate(zip(rows, code.steps, strict=True), 1)
+    )
+    return Exercise(**words, code=code, steps=steps)
 
 
 def exercise(number: str) -> Exercise:
@@ -237,15 +278,37 @@ def exercise(number: str) -> Exercise:
     raise ValueError(f"There is no exercise {number!r}; there are: {there}.")
 
 
-def check(number: str, answer: Any) -> None:
+def check(number: str, answer: Any, step: int | None = None) -> None:
     """Print the result of checking an answer.
 
     Args:
         number: the exercise's, such as "2.3".
-        answer: the reader's function.
+        answer: the reader's function, or for a build the reader's class.
+        step: of a build, the one step to check; by default all.
 
     Raises:
-        ValueError: if there is no such exercise.
+        ValueError: if there is no such exercise, or it has no such step.
     """
     task = exercise(number)
-    print(f"Exercise {task.id} {'★' * task.stars}: {judge(task, answer).message}")
+    if not task.steps:
+        print(f"Exercise {task.id} {'★' * task.stars}: {judge(task, answer).message}")
+        return
+    if step is not None and not 1 <= step <= len(task.steps):
+        raise ValueError(f"Exercise {number} has steps 1 to {len(task.steps)}, and no {step}.")
+    print(f"Exercise {task.id} {'★' * task.stars}")
+    verdicts = [_judge_step(each, answer) for each in task.steps]
+    for n, (each, verdict) in enumerate(zip(task.steps, verdicts, strict=True), 1):
+        if step in (None, n):
+            print(f"  step {n}, {each.name}: {verdict.message}")
+    print(f"  {sum(verdict.right for verdict in verdicts)} of {len(verdicts)} steps are right.")
+
+
+def _judge_step(step: Exercise, answer: Any) -> Verdict:
+    from t2ilearn.lessons.builds import piece  # which imports this module
+
+    if not isinstance(answer, type):
+        return Verdict(False, "Give the class itself, not an object made from it.")
+    try:
+        return judge(step, piece(answer, step.code))
+    except NotYet as stop:
+        return Verdict(False, str(stop))

@@ -178,7 +178,7 @@ class VectorQuantizer(Quantizer):
         all_codes = torch.arange(size, device=flat.device)
         self.replace_codes(all_codes, flat[torch.randperm(len(flat), generator=generator)[:size]])
         for _ in range(rounds):
-            counts, sums = _count_and_sum(self.nearest(z), z, size)
+            counts, sums = count_and_sum(self.nearest(z), z, size)
             used = counts > 0
             centres = sums / counts.clamp(min=1)[:, None]
             centres[~used] = self._sample_distant(z, int((~used).sum()), generator)
@@ -219,13 +219,16 @@ class EMAQuantizer(VectorQuantizer):
     @torch.no_grad()
     def update_statistics(self, z: Float[Tensor, "b d h w"], indices: Int[Tensor, "b h w"]) -> None:
         """Eqs. 6–8: N ← γ N + (1 − γ) n,  m ← γ m + (1 − γ) Σ z,  e ← m / N."""
-        counts, sums = _count_and_sum(indices, z, len(self.counts))
+        counts, sums = count_and_sum(indices, z, len(self.counts))  # n, (K,) and Σ z, (K, D)
         self.counts.lerp_(sum_over_ranks(counts), 1 - self.decay)
         self.sums.lerp_(sum_over_ranks(sums), 1 - self.decay)
+        self.codebook.copy_(self.sums / self.smoothed_counts()[:, None])
+
+    def smoothed_counts(self) -> Float[Tensor, " k"]:
+        """N with Laplace smoothing, as in DeepMind's own code: no division by 0 for an unused code
+        vector."""
         total, epsilon = self.counts.sum(), 1e-5
-        # Laplace smoothing, as in DeepMind's own code: no division by 0 for an unused code vector.
-        smooth = total * (self.counts + epsilon) / (total + len(self.counts) * epsilon)
-        self.codebook.copy_(self.sums / smooth[:, None])
+        return total * (self.counts + epsilon) / (total + len(self.counts) * epsilon)
 
     @torch.no_grad()
     def replace_codes(self, which: Int[Tensor, " m"], vectors: Float[Tensor, "m d"]) -> None:
@@ -303,7 +306,7 @@ def _flat(z: Float[Tensor, "b d h w"]) -> Float[Tensor, "n d"]:
     return z.movedim(1, -1).flatten(0, 2)
 
 
-def _count_and_sum(
+def count_and_sum(
     indices: Int[Tensor, "b h w"], z: Float[Tensor, "b d h w"], size: int
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "k d"]]:
     """How many encodings have each token, and their sum."""

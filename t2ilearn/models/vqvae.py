@@ -118,10 +118,10 @@ class VQVAE(ImageTokenizer):
                 [−1, 1].
         """
         z = self.encode(x)
-        quantized = self.quantizer(z) if quantize else self._not_quantized(z)
+        quantized = self.quantizer(z) if quantize else self.without_codebook(z)
         return VQVAEOutput(self.decoder(quantized.z_q), quantized)
 
-    def _not_quantized(self, z: Float[Tensor, "b d h w"]) -> Quantized:
+    def without_codebook(self, z: Float[Tensor, "b d h w"]) -> Quantized:
         """z itself for the decoder, the tokens it would have, and both losses 0."""
         z = self.quantizer.project(z)
         # Data-parallel training waits for a gradient of every parameter, even a gradient of 0.
