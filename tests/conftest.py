@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist puts one worker on each core
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["TQDM_DISABLE"] = "1"  # as when the chapters were stored
+os.environ.setdefault("T2ILEARN_REHEARSAL", "1")  # labs train a tenth of their steps (`trials`)
 os.environ["HF_HUB_OFFLINE"] = "1"  # peers are built from configs, never fetched
 
 import jaxtyping

@@ -28,6 +28,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "t2ilearn" / "assets"
 PINNED = {
     "OMP_NUM_THREADS": "1",  # sums in one order
     "TQDM_DISABLE": "1",
+    "T2ILEARN_REHEARSAL": "",  # whole trainings, where tests take a tenth of the steps
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a shell's own shows no figures
     "PYTHONHASHSEED": "0",
     "HF_HUB_OFFLINE": "1",

@@ -87,7 +87,8 @@ def precision_recall(
     return PrecisionRecall(covered(fake, real), covered(real, fake))
 
 
-def _counts(indices: Int[Tensor, "..."], size: int) -> Tensor:
+def index_counts(indices: Int[Tensor, "..."], size: int) -> Float[Tensor, " k"]:
+    """How often each of `size` indices occurs. Raises ValueError if one is not 0 … size − 1."""
     if indices.numel() == 0 or indices.min() < 0 or indices.max() >= size:
         raise ValueError(f"Indices must be 0 … {size - 1}, and at least one.")
     return torch.bincount(indices.flatten(), minlength=size).double()
@@ -95,12 +96,12 @@ def _counts(indices: Int[Tensor, "..."], size: int) -> Tensor:
 
 def codebook_usage(indices: Int[Tensor, "..."], size: int) -> float:
     """Share of the codebook used at least once."""
-    return float((_counts(indices, size) > 0).double().mean())
+    return float((index_counts(indices, size) > 0).double().mean())
 
 
 def perplexity(indices: Int[Tensor, "..."], size: int) -> float:
     """exp of the entropy of the indices over the whole set; `size` if all are equally frequent."""
-    p = _counts(indices, size)
+    p = index_counts(indices, size)
     p = p / p.sum()
     return float(torch.special.entr(p).sum().exp())
 

@@ -74,7 +74,7 @@ _UNUSED = {
 
 
 def steps_until_dead(count: float, decay: float, threshold: float) -> int:
-    """The first step without a use after which N = γ^steps · count is below the threshold."""
+    """The first step without a use after which n̄ = γ^steps · count is below the threshold."""
     return math.floor(math.log(threshold / count) / math.log(decay)) + 1
 
 
@@ -99,7 +99,7 @@ def restart_code(quantizer: EMAQuantizer, k: int, place: Float[Tensor, " d"]) ->
     """Move code vector k, and its averages with it, in place."""
     quantizer.codebook[k] = place
     quantizer.counts[k] = 1.0
-    quantizer.sums[k] = place  # m = N · e, with N = 1
+    quantizer.sums[k] = place  # m̄ = n̄ · e, with n̄ = 1
 
 
 def _see_restart(answer: Answer) -> list:
@@ -118,7 +118,7 @@ def _see_restart(answer: Answer) -> list:
 
 
 def _set(*names: str, count: float | None = 1.0) -> Answer:
-    """Change these tensors alone; with no count, m = N · e keeps the decayed N."""
+    """Change these tensors alone; with no count, m̄ = n̄ · e keeps the decayed n̄."""
 
     def answer(quantizer: EMAQuantizer, k: int, place: Tensor) -> None:
         for name in names:
@@ -142,18 +142,18 @@ _RESTART = {
 
 
 def copied_gradient(
-    x: Float[Tensor, " c"],
-    A: Float[Tensor, "c d"],
+    x: Float[Tensor, " m"],
+    A: Float[Tensor, "m d"],
     z: Float[Tensor, " d"],
     e: Float[Tensor, " d"],
     beta: float,
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
     """The gradient that z receives from all three terms, and how far its reconstruction part is
     from the gradient at z itself."""
-    C, D = A.shape
-    reconstruction = -2 / C * A.T @ (x - A @ e)
+    M, D = A.shape
+    reconstruction = -2 / M * A.T @ (x - A @ e)
     commitment = 2 * beta / D * (z - e)
-    error = 2 / C * A.T @ A @ (e - z)
+    error = 2 / M * A.T @ A @ (e - z)
     return reconstruction + commitment, error
 
 
@@ -173,11 +173,11 @@ def _copied_but(
     """The two results with one thing wrong."""
 
     def answer(x: Tensor, A: Tensor, z: Tensor, e: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-        C, D = (1, 1) if sums else A.shape
+        M, D = (1, 1) if sums else A.shape
         place = e if at == "e" else z
-        pulled = -2 * factor / C * A.T @ (x - A @ place)
+        pulled = -2 * factor / M * A.T @ (x - A @ place)
         held = 2 * (commitment * beta + extra) / D * (z - e)
-        return pulled + held, error * 2 / C * A.T @ A @ (e - z)
+        return pulled + held, error * 2 / M * A.T @ A @ (e - z)
 
     return answer
 

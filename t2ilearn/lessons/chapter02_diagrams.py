@@ -22,7 +22,7 @@ PIPELINE = Diagram(
         Box("q", "tokens q", "B × h × w integers", (0, 4), "data"),
         Box("codebook", "codebook", "K × D", (1, 4), "table"),
         Box("lookup", "look-up", "row q of the table", (0, 5), "operation"),
-        Box("z_q", "code vectors z_q", "B × D × h × w", (0, 6), "data"),
+        Box("e", "code vectors e", "B × D × h × w", (0, 6), "data"),
         Box("codebook loss", "codebook loss", "compares e with z", (1, 6), "loss"),
         Box("decoder", "decoder", "convolutions", (0, 7)),
         Box("x_hat", "reconstruction x̂", "B × 3 × H × W", (0, 8), "data"),
@@ -37,22 +37,22 @@ PIPELINE = Diagram(
                 ("z", "nearest"),
                 ("nearest", "q"),
                 ("q", "lookup"),
-                ("lookup", "z_q"),
-                ("z_q", "decoder"),
+                ("lookup", "e"),
+                ("e", "decoder"),
                 ("decoder", "x_hat"),
                 ("codebook", "nearest"),
                 ("codebook", "lookup"),
             )
         ),
         Arrow("z", "commitment", dashed=True),
-        Arrow("z_q", "codebook loss", dashed=True),
+        Arrow("e", "codebook loss", dashed=True),
         Arrow("x_hat", "reconstruction", dashed=True),
     ],
     alt=(
         "Pipeline of a VQ-VAE, from top to bottom. A picture x goes through the encoder, which "
         "returns a grid of encodings z. Each encoding is replaced by the index of the nearest of K "
         "code vectors: these are the tokens q. A look-up in the codebook turns the tokens into code "
-        "vectors z_q. The decoder turns z_q into the reconstruction. Three losses stand beside it: "
+        "vectors e. The decoder turns them into the reconstruction. Three losses stand beside it: "
         "the commitment loss compares z with its code vectors e, the codebook loss compares e with "
         "z, and the reconstruction loss compares the reconstruction with the picture. All parts are "
         "trained."
@@ -64,7 +64,7 @@ VAE = Diagram(
     [
         Box("x", "picture x", "B × 3 × H × W", (0, 0), "data"),
         Box("encoder", "encoder", at=(0, 1)),
-        Box("posterior", "posterior: μ and σ", "B × D × h × w each", (0, 2), "data"),
+        Box("posterior", "posterior: μ, σ", "B × D × h × w each", (0, 2), "data"),
         Box("kl", "KL term", "compares with N(0, 1)", (1, 2), "loss"),
         Box("trick", "z = μ + σ ε", "reparameterisation", (0, 3), "operation"),
         Box("noise", "noise ε", "sampled from N(0, 1)", (1, 3), "data"),

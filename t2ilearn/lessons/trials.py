@@ -20,6 +20,7 @@ Letters: B batch, H and W picture.
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,14 @@ def fit(
     return model.eval()
 
 
+@cache
+def trial_pictures(seed: int) -> tuple[Tensor, Tensor]:
+    """2048 training pictures of the small world, which depend on the seed, and 256 test pictures."""
+    world = TinyShapes()
+    pictures = world.sample(2048, generator=torch.Generator().manual_seed(seed)).pictures
+    return pictures, world.test_set("test-full", 256).pictures
+
+
 class Trial(NamedTuple):
     """What a short training of a VQ-VAE ended with, on test pictures."""
 
@@ -120,9 +129,7 @@ def usage_trial(
     """
     if initialisation not in INITIALISATIONS:
         raise ValueError(f"initialisation is one of {INITIALISATIONS}, not {initialisation!r}.")
-    world = TinyShapes()
-    pictures = world.sample(2048, generator=torch.Generator().manual_seed(seed)).pictures
-    test = world.test_set("test-full", 256).pictures
+    pictures, test = trial_pictures(seed)
     torch.manual_seed(seed)
     model = VQVAE.from_config(replace(SMALL, **changes))
     if isinstance(model.quantizer, VectorQuantizer):
