@@ -173,8 +173,8 @@ class Diagram:
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
             f'role="img" aria-label="{html.escape(self.alt)}" class="t2i-diagram" '
-            f'style="width:100%;min-width:{SMALLEST * width:.0f}px;max-width:{width:g}px;height:auto;'
-            'font-family:sans-serif">',
+            f'style="width:100%;min-width:{SMALLEST * width:.0f}px;max-width:{width:g}px;'
+            'height:auto;font-family:sans-serif">',
             f"<title>{html.escape(self.alt)}</title>",
             f'<defs><marker id="{key}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
             f'markerHeight="7" orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="{INK}"/>'

@@ -7,7 +7,8 @@
 
 Code, formulas, tables, headings, addresses and references are left out. Syllables are counted as
 textstat counts them: by the CMU Pronouncing Dictionary, and by hyphenation for words that are not
-in it. textstat itself is not used, for its releases either download the dictionary at run time or
+in it; or by groups of vowels if these are more, for hyphenation finds too few in technical words.
+textstat itself is not used, because its releases either download the dictionary at run time or
 import a module that setuptools no longer has.
 """
 
@@ -31,7 +32,7 @@ LEFT_OUT = (
     r"^\s*\|.*?$",  # tables
     r"^#+ .*?$",  # headings
     r"<summary>.*?</summary>|<[^>]+>|\{cite[^}]*\}`[^`]*`",
-    r"\]\([^)]*\)|https?://\S+",  # addresses; the text of a link stays
+    r"https?://\S+",
 )
 
 
@@ -56,6 +57,7 @@ def prose(cells: Sequence[nbformat.NotebookNode]) -> str:
         if cell.cell_type != "markdown" or "part-references" in cell.metadata.get("tags", []):
             continue
         text = re.sub(r"^> ?", "", cell.source, flags=re.MULTILINE)
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)  # the text of a link stays
         for pattern in LEFT_OUT:
             text = re.sub(pattern, " ", text, flags=re.DOTALL | re.MULTILINE)
         parts.append(re.sub(r"^\s*(?:[-*]|\d+\.)\s+", "\n\n", text, flags=re.MULTILINE))
@@ -94,16 +96,15 @@ def syllables(word: str) -> int:
         if known:
             count += sum(sound[-1].isdigit() for sound in known[0])
         else:
-            count += len(hyphens.positions(part)) + 1
+            vowels = len(re.findall(r"[aeiouy]+", re.sub(r"(?<=[^l])e$", "", part)))
+            count += max(len(hyphens.positions(part)) + 1, vowels)
     return max(1, count)
 
 
 def measure(text: str) -> Prose:
     """Words, sentences and syllables of a text."""
     found = [words(sentence) for sentence in sentences(text)]
-    return Prose(
-        sum(map(len, found)), len(found), sum(syllables(w) for row in found for w in row)
-    )
+    return Prose(sum(map(len, found)), len(found), sum(syllables(w) for row in found for w in row))
 
 
 def main() -> int:

@@ -18,14 +18,14 @@ reported at the step in which it was made. The reader's own helper methods stay 
 | the reader's class, or the solution while it is unfinished | `own_or_solution` |
 """
 
-import inspect
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from t2ilearn.lessons.exercises import Answer, Code, NotYet, exercise, judge
+from t2ilearn.lessons.answers import Answer, Code, NotYet, piece
+from t2ilearn.lessons.exercises import exercise, judge
 
 
 class Step(NamedTuple):
@@ -34,16 +34,6 @@ class Step(NamedTuple):
     method: str
     measure: Callable[[type], Any]
     mistakes: Mapping[str, Answer]
-
-
-class Piece:
-    """A method of a reader's class, and the class, of which `super()` and helpers are part."""
-
-    def __init__(self, owner: type, method: Answer) -> None:
-        self.owner, self.method = owner, method
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.method(*arguments)
 
 
 def graft(reference: type, step: str, methods: tuple[str, ...], method: Any) -> type:
@@ -81,37 +71,7 @@ def build(reference: type[nn.Module], *steps: Step) -> Code:
     return Code(reference, lambda answer: None, {}, steps=tuple(map(code, steps)))
 
 
-def piece(answer: type, step: Code) -> Piece:
-    """The method of a reader's class that a step grades.
-
-    Raises:
-        NotYet: if the class does not have it.
-    """
-    name = step.solution.__name__
-    if name not in vars(answer):
-        raise NotYet(f"It waits: the class has no method `{name}` yet.")
-    return Piece(answer, vars(answer)[name])
-
-
-def stub(code: Code) -> str:
-    """The empty class that the reader fills in."""
-    lines = [f"class {code.solution.__name__}(torch.nn.Module):"]
-    for number, step in enumerate(code.steps, 1):
-        first = "super().__init__()" if step.in_place else "return None"
-        shown = _without_annotations(step.solution)
-        lines += [f"    def {step.solution.__name__}({shown}):", f"        {first}  # step {number}"]
-        lines.append("")
-    return "\n".join(lines).rstrip()
-
-
-def _without_annotations(function: Answer) -> str:
-    """A function's arguments with their defaults, as a reader writes them."""
-    parameters = inspect.signature(function).parameters.values()
-    empty = inspect.Parameter.empty
-    return ", ".join(p.name if p.default is empty else f"{p.name}={p.default}" for p in parameters)
-
-
-def own_or_solution(number: str, answer: type) -> type:
+def own_or_solution(number: str, answer: type) -> Answer:
     """The reader's class if it passes every step; else the reference solution, and says so."""
     task = exercise(number)
     for step in task.steps:

@@ -73,7 +73,7 @@ _UNUSED = {
 # --- 2.3 ----------------------------------------------------------------------------------------
 
 
-def steps_until_dead(count: float, decay: float, threshold: float) -> int:
+def steps_until_dead(count: float | int, decay: float | int, threshold: float | int) -> int:
     """The first step without a use after which n̄ = γ^steps · count is below the threshold."""
     return math.floor(math.log(threshold / count) / math.log(decay)) + 1
 
@@ -86,7 +86,9 @@ _DEAD = {
     "one_less": lambda n, decay, least: math.floor(math.log(least / n) / math.log(decay)),
     "no_start": lambda n, decay, least: math.floor(math.log(least) / math.log(decay)) + 1,
     "linear": lambda n, decay, least: math.floor((n - least) / (1 - decay)) + 1,
-    "other_memory": lambda n, decay, least: math.floor(math.log(least / n) / math.log(1 - decay)) + 1,
+    "other_memory": lambda n, decay, least: (
+        math.floor(math.log(least / n) / math.log(1 - decay)) + 1
+    ),
     "fraction": lambda n, decay, least: math.log(least / n) / math.log(decay),
 }
 
@@ -146,7 +148,7 @@ def copied_gradient(
     A: Float[Tensor, "m d"],
     z: Float[Tensor, " d"],
     e: Float[Tensor, " d"],
-    beta: float,
+    beta: float | int,
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
     """The gradient that z receives from all three terms, and how far its reconstruction part is
     from the gradient at z itself."""

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2ilearn.lessons.answers import NotYet
 from t2ilearn.lessons.builds import Step, build
-from t2ilearn.lessons.exercises import NotYet
 
 
 class MyVQVAE(nn.Module):
@@ -184,8 +184,8 @@ _NEAREST = {
 }
 _LOOKUP = {
     "channels_last": lambda self, tokens: self.codebook[tokens],
-    "reshaped": lambda self, tokens: (
-        self.codebook[tokens].reshape(len(tokens), -1, *tokens.shape[1:])
+    "reshaped": lambda self, tokens: self.codebook[tokens].reshape(
+        len(tokens), -1, *tokens.shape[1:]
     ),
     "detached": lambda self, tokens: MyVQVAE.lookup(self, tokens).detach(),
 }
@@ -220,7 +220,7 @@ _FORWARD = {
 }
 
 
-def _loss(codebook: float = 1.0, commitment: Any = None, late: bool = False) -> Any:
+def _loss(codebook: Any = 1.0, commitment: Any = None, late: bool = False) -> Any:
     """A `loss` with other weights, or computed after the straight-through line."""
 
     def answer(self: Any, x: Tensor, beta: float = 0.25) -> Tensor:

@@ -50,12 +50,12 @@ PIPELINE = Diagram(
     ],
     alt=(
         "Pipeline of a VQ-VAE, from top to bottom. A picture x goes through the encoder, which "
-        "returns a grid of encodings z. Each encoding is replaced by the index of the nearest of K "
-        "code vectors: these are the tokens q. A look-up in the codebook turns the tokens into code "
-        "vectors e. The decoder turns them into the reconstruction. Three losses stand beside it: "
-        "the commitment loss compares z with its code vectors e, the codebook loss compares e with "
-        "z, and the reconstruction loss compares the reconstruction with the picture. All parts are "
-        "trained."
+        "returns a grid of encodings z. Each encoding is replaced by the index of the nearest "
+        "of K code vectors: these are the tokens q. A look-up in the codebook turns the tokens "
+        "into code vectors e. The decoder turns them into the reconstruction. Three losses "
+        "stand beside it: the commitment loss compares z with its code vectors e, the codebook "
+        "loss compares e with z, and the reconstruction loss compares the reconstruction with "
+        "the picture. All parts are trained."
     ),
     row=78,
 )
@@ -83,11 +83,11 @@ VAE = Diagram(
         Arrow("x_hat", "reconstruction", dashed=True),
     ],
     alt=(
-        "Pipeline of a variational autoencoder. The encoder predicts a mean and a standard deviation "
-        "for each number. The latent z is the mean plus the standard deviation times noise, which is "
-        "the reparameterisation trick. The decoder turns z into the reconstruction. The KL term "
-        "compares the predicted Gaussian with the prior N(0, 1), and the reconstruction loss "
-        "compares the reconstruction with the picture."
+        "Pipeline of a variational autoencoder. The encoder predicts a mean and a standard "
+        "deviation for each number. The latent z is the mean plus the standard deviation times "
+        "noise, which is the reparameterisation trick. The decoder turns z into the "
+        "reconstruction. The KL term compares the predicted Gaussian with the prior N(0, 1), "
+        "and the reconstruction loss compares the reconstruction with the picture."
     ),
     row=78,
 )
@@ -113,11 +113,11 @@ QUANTIZER = Diagram(
         Arrow("z_q", "z", bend=-18, gradient=True),
     ],
     alt=(
-        "The quantizer. In the forward pass, encodings z are compared with all K code vectors, the "
-        "index of the nearest one is the token q, and a look-up returns its code vector e. The "
-        "straight-through line returns z_q, which has the value of e. In the backward pass the "
-        "gradient at z_q is copied to z, past the arg min and the look-up; the codebook receives "
-        "none of it."
+        "The quantizer. In the forward pass, encodings z are compared with all K code vectors, "
+        "the index of the nearest one is the token q, and a look-up returns its code vector e. "
+        "The straight-through line returns z_q, which has the value of e. In the backward pass "
+        "the gradient at z_q is copied to z, past the arg min and the look-up; the codebook "
+        "receives none of it."
     ),
     row=78,
 )
@@ -138,9 +138,9 @@ RESIDUAL_BLOCK = Diagram(
         Arrow("sum", "y"),
     ],
     alt=(
-        "A residual block. The input goes through an activation and a 3 by 3 convolution, twice. "
-        "The result is added to the unchanged input, which reaches the sum by a skip connection. "
-        "The second convolution starts at 0, so a new block returns its input."
+        "A residual block. The input goes through an activation and a 3 by 3 convolution, "
+        "twice. The result is added to the unchanged input, which reaches the sum by a skip "
+        "connection. The second convolution starts at 0, so a new block returns its input."
     ),
     row=66,
 )

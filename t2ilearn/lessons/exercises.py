@@ -19,30 +19,20 @@ short exercises there are long ones: a *build*, whose class is graded in steps (
 
 import inspect
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Answer = Callable[..., Any]
+from t2ilearn.lessons.answers import Answer, Code, NotYet, piece, stub
+
 FOLDER = Path(__file__).parent
 KINDS = ("short", "build", "derivation", "experiment")
-
-
-class Code(NamedTuple):
-    """A solution, what to measure on an answer, wrong answers by name, whether answers change
-    their arguments in place and return nothing, and the steps of a build."""
-
-    solution: Answer
-    measure: Callable[[Answer], Any]
-    mistakes: Mapping[str, Answer]
-    in_place: bool = False
-    steps: tuple["Code", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,8 +92,6 @@ class Exercise:
         """The cell that the reader fills in."""
         call = f'check("{self.id}", {self.name})'
         if self.steps:
-            from t2ilearn.lessons.builds import stub  # which imports this module
-
             return f"{stub(self.code)}\n\n\n{call}"
         body = "pass  # your lines" if self.code.in_place else "return None  # your lines"
         arguments = ", ".join(inspect.signature(self.code.solution).parameters)
@@ -144,10 +132,6 @@ class Verdict:
 
     right: bool
     message: str
-
-
-class NotYet(Exception):
-    """The answer cannot be graded; the message says why."""
 
 
 @dataclass
@@ -304,8 +288,6 @@ def check(number: str, answer: Any, step: int | None = None) -> None:
 
 
 def _judge_step(step: Exercise, answer: Any) -> Verdict:
-    from t2ilearn.lessons.builds import piece  # which imports this module
-
     if not isinstance(answer, type):
         return Verdict(False, "Give the class itself, not an object made from it.")
     try:

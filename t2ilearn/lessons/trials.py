@@ -61,7 +61,7 @@ def fit(
     compute_loss: Callable[[nn.Module, Tensor, torch.Generator], Any],
     pictures: Float[Tensor, "n 3 h w"],
     steps: int,
-    learning_rate: float = 3e-3,
+    learning_rate: float | int = 3e-3,
     after_step: Callable[[nn.Module, Tensor, int, torch.Generator], None] | None = None,
     seed: int = 0,
 ) -> nn.Module:
@@ -92,7 +92,7 @@ def fit(
 
 @cache
 def trial_pictures(seed: int) -> tuple[Tensor, Tensor]:
-    """2048 training pictures of the small world, which depend on the seed, and 256 test pictures."""
+    """2048 training pictures of the small world, by the seed, and 256 test pictures."""
     world = TinyShapes()
     pictures = world.sample(2048, generator=torch.Generator().manual_seed(seed)).pictures
     return pictures, world.test_set("test-full", 256).pictures
@@ -107,7 +107,7 @@ class Trial(NamedTuple):
 
 
 def usage_trial(
-    learning_rate: float = 3e-3,
+    learning_rate: float | int = 3e-3,
     initialisation: str = "random",
     seed: int = 0,
     restarts: bool = False,
