@@ -20,7 +20,7 @@ from t2ilearn.lessons.builds import Step, build
 class MyVQVAE(nn.Module):
     """Encoder, codebook, decoder, and the loss with its three terms, for 32 × 32 pictures."""
 
-    def __init__(self, codebook_size, code_dim):  # type: ignore[no-untyped-def]
+    def __init__(self, codebook_size: int, code_dim: int) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Conv2d(3, 32, 4, stride=2, padding=1),  # (B, 32, 16, 16)
@@ -38,24 +38,24 @@ class MyVQVAE(nn.Module):
         )
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim) / code_dim**0.5)
 
-    def nearest(self, z):  # type: ignore[no-untyped-def]
+    def nearest(self, z: Tensor) -> Tensor:
         z = z.movedim(1, -1)  # (B, h, w, D)
         distances = (self.codebook**2).sum(1) - 2 * z @ self.codebook.T  # (B, h, w, K)
         return distances.argmin(-1)  # (B, h, w)
 
-    def lookup(self, tokens):  # type: ignore[no-untyped-def]
+    def lookup(self, tokens: Tensor) -> Tensor:
         return self.codebook[tokens].movedim(-1, 1)  # (B, D, h, w)
 
-    def straight_through(self, z, e):  # type: ignore[no-untyped-def]
+    def straight_through(self, z: Tensor, e: Tensor) -> Tensor:
         return z + (e - z).detach()
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = self.encoder(x)
         e = self.lookup(self.nearest(z))
         x_hat = self.decoder(self.straight_through(z, e))
         return x_hat, z, e
 
-    def loss(self, x, beta=0.25):  # type: ignore[no-untyped-def]
+    def loss(self, x: Tensor, beta: float | int = 0.25) -> Tensor:
         x_hat, z, e = self(x)
         reconstruction = F.mse_loss(x_hat, x)
         codebook = F.mse_loss(e, z.detach())

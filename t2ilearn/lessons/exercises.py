@@ -113,8 +113,8 @@ class Exercise:
         solution = show_source(self.code.solution, docstrings=False).data
         parts = [f"**{self.head}**", self.task]
         for number, step in enumerate(self.steps, 1):
-            name, minutes = f"{number}. `{step.name}`", f"({step.minutes} min)"
-            parts.append(f"**{name}, {step.title}** {minutes}. {step.task.strip()}")
+            head = f"**Step {number}: {step.title}** (`{step.name}`, {step.minutes} min)."
+            parts.append(f"{head} {step.task.strip()}")
         hints = [f"{n}. {step.hint.strip()}" for n, step in enumerate(self.steps, 1)]
         parts.append(_folded("Hints" if hints else "Hint", "\n\n".join([self.hint, *hints])))
         if self.worked:
