@@ -25,6 +25,13 @@ from t2ilearn.data import CaptionedPictures
 from t2ilearn.data.interface import WorldClass
 from t2ilearn.data.pixels import bytes_from_pictures, pictures_from_bytes
 from t2ilearn.judging.alignment import measured
+from t2ilearn.judging.counting import (
+    NO_OTHER,
+    different_pictures,
+    mean_of_pictures,
+    other_captions,
+    picture_numbers,
+)
 from t2ilearn.judging.metrics import (
     Interval,
     bootstrap,
@@ -128,14 +135,15 @@ def report_reader(
 ) -> dict[str, Any]:
     """Shares of real pictures read right: ceiling, floor, and under damage."""
     metrics: dict[str, Any] = {}
-    generator = torch.Generator().manual_seed(1)
-    order = torch.randperm(len(captions), generator=generator).tolist()
-    shuffled = [captions[number] for number in order]
+    others = other_captions(captions)
     for name, version in damaged(pictures).items():
         for what, right in measured(reader, version, captions, world).items():
             metrics[_named(what, name)] = share(right)
-    for what, right in measured(reader, pictures, shuffled, world).items():
-        metrics[_named(what, "floor (captions shuffled)")] = share(right)
+    shuffled = [captions[other] for other in others.values()]
+    for what, right in measured(reader, pictures[list(others)], shuffled, world).items():
+        figure = share(right) if others else NO_OTHER
+        metrics[_named(what, "floor (captions shuffled)")] = figure
+    generator = torch.Generator().manual_seed(1)
     logits = reader(junk(pictures, generator))[0]
     metrics["junk called readable"] = share(logits[:, :-1].amax(1) >= logits[:, -1])
     return metrics
@@ -163,7 +171,7 @@ def evaluate_tokenizer(
     """Codebook usage and perplexity over test pictures of all worlds; for each world PSNR, and,
     where there is a judge, what it still reads in reconstructions and how far they are from real
     pictures."""
-    pictures = world.test_set(world.test_sets[0], TEST_PICTURES).pictures
+    pictures = different_pictures(world.test_set(world.test_sets[0], TEST_PICTURES).pictures)
     indices = torch.cat([model.tokens(part) for part in pictures.split(CHUNK)])
     size = model.config.codebook_size
     metrics: dict[str, Any] = {
@@ -176,15 +184,16 @@ def evaluate_tokenizer(
 
 
 def _reconstructions(model: ImageTokenizer, world: CaptionedPictures, n: int) -> dict[str, Any]:
-    generator, metrics = torch.Generator().manual_seed(0), dict[str, Any]()
+    metrics: dict[str, Any] = {}
     sets = world.reconstruction_sets or world.test_sets[:1]
     for name in sets:
         suffix = f", {name}" if len(sets) > 1 else ""
         real = world.test_set(name, n)
         back = reconstructed(model, real.pictures)
-        each = psnr(back, real.pictures)
-        interval = bootstrap(lambda x: x.mean().item(), each, generator=generator)
-        metrics[f"{world.label}PSNR, dB{suffix}"] = rounded(interval, 2)
+        numbers, generator = picture_numbers(real.pictures), torch.Generator().manual_seed(0)
+        metrics[f"{world.label}PSNR, dB{suffix}"] = mean_of_pictures(
+            psnr(back, real.pictures), numbers, generator, 2
+        )
         if world.judge is None:
             continue
         judge, groups = load_reader(world.judge), world.groups(name, n)

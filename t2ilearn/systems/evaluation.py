@@ -13,6 +13,7 @@ from torch import Tensor
 from t2ilearn.data.grammar import WORLDS
 from t2ilearn.data.interface import CaptionedPictures
 from t2ilearn.judging.alignment import aligned, binding, measured, score
+from t2ilearn.judging.counting import NO_OTHER, other_captions
 from t2ilearn.judging.metrics import Interval, bootstrap
 from t2ilearn.judging.reader import load_reader
 from t2ilearn.judging.report import CHUNK, distances, rounded, share
@@ -94,14 +95,18 @@ def _drawn(
             metrics[_named(world, what, name, manner)] = share(right, groups)
         if name != world.test_sets[0]:
             continue
-        shuffled = captions[1:] + captions[:1]
-        for what, right in measured(judge, pictures, shuffled, type(world)).items():
+        others = other_captions(captions, groups)
+        rows, shuffled = list(others), [captions[other] for other in others.values()]
+        for what, right in measured(judge, pictures[rows], shuffled, type(world)).items():
             asked = "captions shuffled" if what == "judge" else f"{what}, captions shuffled"
-            metrics[f"{world.label}floor: {asked}, {manner}"] = share(right)
-        metrics[f"{world.label}seconds a picture in batches, {manner}"] = round(seconds / n, 4)
+            belong = None if groups is None else groups[rows]
+            figure = share(right, belong) if rows else NO_OTHER
+            metrics[f"{world.label}floor: {asked}, {manner}"] = figure
+        pace = round(seconds / len(captions), 4)
+        metrics[f"{world.label}seconds a picture in batches, {manner}"] = pace
         metrics |= distances(judge, world, {f", {manner}": pictures}, n)
-        if world.reader is not None and len(bound := binding(judge, pictures, captions)):
-            metrics[f"{world.label}binding, {manner}"] = share(bound)
+        if world.reader is not None and len((bound := binding(judge, pictures, captions)).right):
+            metrics[f"{world.label}binding, {manner}"] = share(bound.right, bound.rows)
     real = world.test_set(world.test_sets[0], n).pictures
     return metrics | distances(judge, world, {", floor (real)": real}, n)
 
