@@ -7,7 +7,7 @@
 | to | call |
 |---|---|
 | draw | `draw`, `draw_steps`, `complete`; `draw_request` for several captions at once |
-| keep a drawing | `Drawing.save`, `redraw` |
+| keep a drawing | `Drawing.save`, `Drawing.save_new`, `redraw` |
 """
 
 import base64
@@ -40,7 +40,7 @@ from t2ilearn.systems.requests import (
     request_from_json,
     request_to_json,
 )
-from t2ilearn.weights import WeightsError
+from t2ilearn.weights import WeightsError, claim_new, write_atomically
 
 METADATA_KEY = "t2ilearn"
 _ABOUT_FILE = ("weights", "version", "schema")  # what metadata hold beside the request
@@ -83,21 +83,32 @@ class Drawing:
         replaced once the new one is complete.
 
         Raises:
-            OSError: if the file cannot be written.
+            OSError: if the file cannot be written: there is no such folder, or the disk is full.
             ValueError: if its name does not end in .png.
         """
-        path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise ValueError(f"Pictures are saved as .png, not {path.suffix or 'without ending'}.")
+        path = check_png(path)
         info = PngImagePlugin.PngInfo()
         info.add_itxt(METADATA_KEY, json.dumps(self.metadata()))
-        partial = path.with_name(path.name + ".part")
-        try:
-            self.image().save(partial, format="PNG", pnginfo=info)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        buffer = io.BytesIO()
+        self.image().save(buffer, format="PNG", pnginfo=info)
+        write_atomically(path, buffer.getvalue())
         return path
+
+    def save_new(self, path: str | Path) -> Path:
+        """As `save`, but no existing file is replaced: star.png, then star-2.png, and so on.
+
+        Returns:
+            The file that was written.
+
+        Raises:
+            OSError, ValueError: as `save`.
+        """
+        path = claim_new(check_png(path))
+        try:
+            return self.save(path)
+        except BaseException:
+            path.unlink()  # it is still empty
+            raise
 
     def verdict(self) -> str:
         """How many pictures there are, and how many show what the caption states."""
@@ -120,6 +131,21 @@ class Drawing:
             f'src="data:image/png;base64,{data}" style="height:{height}px;'
             f'image-rendering:pixelated"><figcaption>{note}</figcaption></figure>'
         )
+
+
+def check_png(path: str | Path) -> Path:
+    """A file's name as a path.
+
+    Raises:
+        ValueError: if it does not end in .png.
+        FileNotFoundError: if there is no such folder.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"Pictures are saved as .png, not {path.suffix or 'without ending'}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to save {path.name} in.")
+    return path
 
 
 def draw(

@@ -19,6 +19,8 @@ import warnings
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from t2ilearn.weights import claim_new
+
 DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts it
 NAME = "t2ilearn-runs"
 LARGEST = 2**31  # bytes of an unpacked run: far above any of ours, far below a full disk
@@ -76,22 +78,36 @@ def archive_run(run: str | Path, file: str | Path | None = None) -> Path:
 
     Args:
         run: the run's folder, such as runs/prior-tiny.
-        file: by default the folder's name with .zip, beside it.
+        file: by default the folder's name with .zip, beside it; where an archive of that name is
+            there already, prior-tiny-2.zip, and so on.
+
+    Returns:
+        The archive.
 
     Raises:
         FileNotFoundError: if there is no such run.
         OSError: if the file cannot be written; an older one is then untouched.
     """
-    run = Path(run)
+    run = Path(run).resolve() if not Path(run).name else Path(run)
     if not (run / "flight.json").is_file():
         raise FileNotFoundError(f"{run} holds no training run: there is no flight.json in it.")
-    file = Path(file) if file is not None else run.with_name(run.name + ".zip")
+    if file is None:
+        file = claim_new(run.with_name(run.name + ".zip"))
+        try:
+            return archive_run(run, file)
+        except BaseException:
+            file.unlink()  # it is still empty
+            raise
+    file = Path(file)
     partial = file.with_name(file.name + ".partial")
     try:
-        with zipfile.ZipFile(partial, "w") as archive:  # tensors do not get smaller by deflating
-            for path in sorted(run.rglob("*")):
-                if path.is_file() and path.suffix != ".partial":
-                    archive.write(path, f"{run.name}/{path.relative_to(run).as_posix()}")
+        with open(partial, "wb") as opened:
+            with zipfile.ZipFile(opened, "w") as archive:  # deflating tensors gains nothing
+                for path in sorted(run.rglob("*")):
+                    if path.is_file() and path.suffix != ".partial":
+                        archive.write(path, f"{run.name}/{path.relative_to(run).as_posix()}")
+            opened.flush()
+            os.fsync(opened.fileno())
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)

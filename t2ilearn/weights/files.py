@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -235,6 +236,23 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def claim_new(path: str | Path) -> Path:
+    """An empty file under this name or, where that is taken, the next free one: star.png,
+    star-2.png, star-3.png. So nothing that is there is overwritten, by whatever runs beside it.
+
+    Raises:
+        OSError: if no file can be made there.
+    """
+    path = Path(path)
+    for name in chain([path.name], (f"{path.stem}-{n}{path.suffix}" for n in count(2))):
+        try:
+            open(path.with_name(name), "xb").close()
+        except FileExistsError:
+            continue
+        return path.with_name(name)
+    raise AssertionError("there are always more numbers")
 
 
 def _stored(tensor: Tensor, half: bool) -> Tensor:
