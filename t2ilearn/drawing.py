@@ -27,6 +27,7 @@ from torch import Tensor
 from t2ilearn import __version__
 from t2ilearn.data.grammar import ReadCaption
 from t2ilearn.data.interface import CaptionedPictures
+from t2ilearn.data.picture_files import FolderError, load_picture
 from t2ilearn.data.pixels import bytes_from_pictures
 from t2ilearn.judging.alignment import aligned
 from t2ilearn.judging.reader import load_reader
@@ -274,13 +275,12 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as `redraw`.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no picture {path}.")
     try:
-        with Image.open(path) as image:
-            text = image.info.get(METADATA_KEY)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable picture: {error}.") from None
+        text = load_picture(path).info.get(METADATA_KEY)
+    except FolderError as error:
+        raise ValueError(f"{path} is not a readable picture: it {error}.") from None
     if text is None:
         raise ValueError(f"{path} was not drawn by t2ilearn: it carries no caption and seed.")
     try:

@@ -4,16 +4,21 @@ Every test was seen to fail before its kind was cured.
 """
 
 import csv
+import io
+import json
 import os
+import random
+import zlib
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from typer.testing import CliRunner
 
 import t2ilearn.studio as studio_module
 from t2ilearn import cli, drawing
 from t2ilearn.data import CaptionTokenizer, Folder, Shapes
+from t2ilearn.data.picture_files import FolderError, read_picture
 from t2ilearn.data.pixels import bytes_from_pictures
 from t2ilearn.drawing import Drawing
 from t2ilearn.judging.clip import retrieval
@@ -204,3 +209,173 @@ def test_a_name_that_cannot_be_saved_is_refused_before_drawing(out, tmp_path, mo
     monkeypatch.setattr(drawing, "draw", lambda *_, **__: pytest.fail("drawn before the check"))
     done = invoke("draw", "a star", "--out", out)
     assert isinstance(done.exception, (ValueError, OSError)), done.exception
+
+
+# --- pictures: one function reads them all -----------------------------------------------------
+
+
+def test_one_function_opens_every_picture(root):
+    calls = [
+        (path.relative_to(root).as_posix(), line.strip())
+        for path in sorted((root / "t2ilearn").rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "Image.open(" in line or "imread(" in line or "read_image(" in line
+    ]
+    assert [path for path, _ in calls] == ["t2ilearn/data/picture_files.py"], calls
+
+
+def png_chunk(name, data):
+    return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+
+def png_of(chunks_before=(), chunks_after=(), **how):
+    """A PNG with further chunks before or after its pixels."""
+    buffer = io.BytesIO()
+    image(0).save(buffer, format="PNG", **how)
+    data = buffer.getvalue()
+    before, after = (b"".join(png_chunk(*c) for c in cs) for cs in (chunks_before, chunks_after))
+    return data[:33] + before + data[33:-12] + after + data[-12:]
+
+
+def profile_of(megabytes, compressed):
+    """A colour profile that deflates badly, or well."""
+    filler = b"" if compressed else random.Random(0).randbytes(megabytes * 10**6)
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + (
+        filler or bytes(megabytes * 10**6)
+    )
+
+
+def text_chunk(kind, text):
+    """A text as PNG's three kinds of chunk hold it."""
+    key, data = b"t2ilearn\0", text.encode("latin-1")
+    if kind == b"zTXt":
+        return kind, key + b"\0" + zlib.compress(data)
+    return kind, key + (data if kind == b"tEXt" else b"\0\0\0\0" + data)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data"),
+    [
+        ("png", lambda: png_of(icc_profile=profile_of(2, compressed=False))),
+        ("png", lambda: png_of(icc_profile=profile_of(30, compressed=True))),
+        ("png", lambda: png_of([text_chunk(b"zTXt", "a" * 3 * 10**6)])),
+        ("png", lambda: png_of([text_chunk(b"iTXt", "workflow " * 10**6)])),
+        ("png", lambda: png_of([], [text_chunk(b"zTXt", "a" * 3 * 10**6)])),
+        ("jpg", lambda: saved("JPEG", icc_profile=profile_of(2, compressed=False))),
+        ("webp", lambda: saved("WEBP", lossless=True, icc_profile=profile_of(2, False))),
+    ],
+)
+def test_pictures_with_large_profiles_and_texts_are_read(suffix, data, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(data())
+    assert read_picture(path).size == (32, 32)
+
+
+def test_a_text_that_would_fill_the_memory_is_refused_by_its_name(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_of([text_chunk(b"zTXt", "a" * 65 * 2**20)]))
+    with pytest.raises(FolderError, match="text or a colour profile of more than 64 MiB"):
+        read_picture(path)
+
+
+def saved(kind, **how):
+    buffer = io.BytesIO()
+    image(0).save(buffer, format=kind, **how)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt"])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("profile", [False, True])
+def test_metadata_are_found_wherever_a_legal_file_has_them(kind, after, profile, tmp_path):
+    text = text_chunk(kind, json.dumps(fresh("ein Stern: ★").metadata()))
+    how = {"icc_profile": profile_of(2, compressed=False)} if profile else {}
+    path = tmp_path / "star.png"
+    path.write_bytes(png_of(*([[], [text]] if after else [[text], []]), **how))
+    assert drawing._read_metadata(path)["captions"] == ["ein Stern: ★"]
+
+
+def header_of(kind, side):
+    """The start of a picture file that claims a size; its pixels are missing."""
+    if kind == "png":
+        size = side.to_bytes(4, "big") * 2
+        head = png_chunk(b"IHDR", size + b"\x08\x02\0\0\0")
+        text = png_chunk(*text_chunk(b"tEXt", json.dumps(fresh().metadata())))
+        return b"\x89PNG\r\n\x1a\n" + head + text + png_chunk(b"IDAT", zlib.compress(b""))
+    if kind == "ppm":
+        return f"P6 {side} {side} 255\n".encode() + bytes(64)
+    data = bytearray(saved("GIF"))
+    data[6:10] = side.to_bytes(2, "little") * 2
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["png", "gif", "ppm"])
+@pytest.mark.parametrize("side", [60_000, 15_000])
+def test_a_file_that_claims_a_size_is_one_sentence_for_every_command(
+    kind, side, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(header_of(kind, side))
+    write_table(tmp_path, [(path.name, "a star")])
+    commands = (["redraw", path], ["draw", "a star", "--finish", path, "--with", "vqvae-tiny"])
+    for command in (*commands, ["train", "vqvae", "--data", tmp_path]):
+        with pytest.raises(SystemExit) as stop:
+            monkeypatch.setattr("sys.argv", ["t2ilearn", *map(str, command)])
+            cli.main()
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and "Error: " in said and len(said) < 400, said
+
+
+def half_zeros(data):
+    return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+
+
+def without_end(data):
+    return data[:-2]
+
+
+def photo():
+    """A picture with something in every part, as a photo has."""
+    noise = torch.rand(3, 200, 200, generator=torch.Generator().manual_seed(0)) * 255
+    return Image.fromarray(noise.byte().permute(1, 2, 0).numpy()).resize((400, 400))
+
+
+@pytest.mark.parametrize("damage", [half_zeros, without_end])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("JPEG", {"quality": 95}),
+        ("JPEG", {"progressive": True}),
+        ("JPEG", {"optimize": True, "quality": 50}),
+        ("PNG", {}),
+        ("PNG", {"compress_level": 0}),
+        ("JPEG2000", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_a_picture_that_ends_in_zeros_or_too_early_is_refused(kind, how, damage, tmp_path):
+    buffer, path = io.BytesIO(), tmp_path / "a"
+    photo().save(buffer, format=kind, **how)
+    path.write_bytes(buffer.getvalue())
+    assert read_picture(path).size == (400, 400)
+    path.write_bytes(damage(buffer.getvalue()))
+    with pytest.raises(FolderError, match="damaged|not a picture"):
+        read_picture(path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_a_whole_picture_may_have_zeros_behind_its_end(kind, tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(saved(kind) + bytes(4096))
+    assert read_picture(path).size == (32, 32)
+    Image.new("RGB", (3000, 3000), "white").save(path, format=kind)  # compresses to little
+    assert read_picture(path).size == (3000, 3000)
+
+
+def test_a_wrong_checksum_within_a_png_is_refused(tmp_path):
+    data = bytearray(png_of())
+    data[-13] ^= 1  # of the pixels
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(FolderError, match="checksum of its part 'IDAT'"):
+        read_picture(tmp_path / "a.png")

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+
+from t2ilearn.data.picture_files import load_picture
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "emoji"
 STYLES = ("soft", "flat", "glossy", "outline", "ink")
@@ -104,8 +105,7 @@ def read_shard(path: Path, shard: dict[str, Any]) -> Iterator[tuple[dict[str, An
                 if member.name.endswith(".json"):
                     facts = json.loads(file.read().decode("utf-8"))
                     continue
-                with Image.open(io.BytesIO(file.read()), formats=["WEBP"]) as picture:
-                    drawing = np.asarray(picture.convert("RGBA"))
+                drawing = np.asarray(load_picture(file.read()).convert("RGBA"))
                 if facts["style"] != shard["style"] or drawing.shape != (DRAWN, DRAWN, 4):
                     raise EmojiError(
                         f"{path} holds a {facts['style']} drawing of shape {drawing.shape} in "

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from t2ilearn.data.captions import CaptionError
 from t2ilearn.data.grammar import ReadCaption
+from t2ilearn.data.picture_files import FolderError, load_picture
 from t2ilearn.systems import registry
 from t2ilearn.systems.base import Caption, Prompt, Request, System, shortened, single_text
 
@@ -203,11 +204,13 @@ def _caption_from_json(stored: Any) -> Caption:
 def _start_from_text(text: str) -> UInt8[Tensor, "n 3 h w"]:
     """Start pictures from their PNG file in base64: squares, one below the other."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True))) as image:
-            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-            width, height = image.size
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        image = load_picture(base64.b64decode(text, validate=True))
+    except FolderError as error:
+        raise TypeError(f"the start picture {error}") from None
+    except (ValueError, TypeError) as error:
         raise TypeError(f"the start picture is damaged: {error}") from None
+    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    width, height = image.size
     if height % width:
         raise TypeError("the start picture is damaged: it is no row of squares")
     return pixels.view(height // width, width, width, 3).movedim(-1, 1).contiguous()

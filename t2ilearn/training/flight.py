@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from t2ilearn.data.picture_files import FolderError, load_picture
 from t2ilearn.data.pixels import bytes_from_pictures
 from t2ilearn.training.checkpoint import TrainingError, load_checkpoint, save_checkpoint
 from t2ilearn.training.config import TrainConfig
@@ -46,14 +47,31 @@ def read_record(run_dir: str | Path) -> Record:
 
     Raises:
         FileNotFoundError: if there is none, or a frame is missing.
+        TrainingError: if it is damaged, or a frame is no picture that can be read.
     """
-    run_dir = Path(run_dir)
-    facts = json.loads((run_dir / "flight.json").read_text(encoding="utf-8"))
-    frames = []
+    run_dir, frames = Path(run_dir), []
+    facts = _read_flight(run_dir / "flight.json")
     for frame in facts["frames"]:
-        with Image.open(run_dir / frame["file"]) as picture:
-            frames.append((frame["step"], picture.convert("RGB")))
+        path = run_dir / frame["file"]
+        try:
+            picture = load_picture(path, smallest=1)
+        except FolderError as error:
+            if not path.exists():
+                raise FileNotFoundError(f"The frame {path} is missing.") from None
+            raise TrainingError(f"The frame {path} {error}.") from None
+        frames.append((frame["step"], picture.convert("RGB")))
     return Record(facts, frames)
+
+
+def _read_flight(path: Path) -> dict[str, Any]:
+    """The facts of a `flight.json`; raises `TrainingError` if it is damaged."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        _ = [(frame["step"], frame["file"]) for frame in facts["frames"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise TrainingError(f"The flight record {path} is damaged ({reason}).") from None
+    return facts
 
 
 class Curves:
