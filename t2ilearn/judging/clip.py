@@ -30,6 +30,7 @@ from t2ilearn.data.emoji_captions import describe_emoji
 from t2ilearn.judging.counting import NO_OTHER
 from t2ilearn.judging.report import CHUNK, share
 from t2ilearn.models.clip import CLIP
+from t2ilearn.models.layers import check_pictures
 
 RETRIEVED = 1000  # pictures, and as many captions
 _DRAWS = 2  # times as many scenes are drawn, since some come twice
@@ -40,7 +41,12 @@ Encode = Callable[[list[str]], Int[Tensor, "b t"]]  # captions → token ids
 
 @torch.no_grad()
 def embed_pictures(model: CLIP, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-    """Embeddings of length 1, in chunks; pictures of another size are resized."""
+    """Embeddings of length 1, in chunks; pictures of another size are resized.
+
+    Raises:
+        ValueError: for pictures of another shape or type, NaN, or values outside [−1, 1].
+    """
+    check_pictures(pictures)
     side = model.image_tower.config.resolution
     parts = []
     for part in pictures.split(CHUNK):

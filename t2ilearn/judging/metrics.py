@@ -11,14 +11,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from t2ilearn.models.layers import check_finite
+
+LARGEST_VALUE = 16  # of a picture: what is larger has another scale
+
 
 def _checked(features: Tensor, name: str, least: int = 2) -> Tensor:
     if features.ndim != 2 or len(features) < least:
         raise ValueError(
             f"{name} must have shape (N, D) with N ≥ {least}, not {tuple(features.shape)}."
         )
-    if not torch.isfinite(features).all():
-        raise ValueError(f"{name} hold NaN or infinity.")
+    check_finite(name, features)
     return features.double()
 
 
@@ -88,6 +91,8 @@ def precision_recall(
 
 
 def _counts(indices: Int[Tensor, "..."], size: int) -> Tensor:
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"Indices are whole numbers, not {indices.dtype}.")
     if indices.numel() == 0 or indices.min() < 0 or indices.max() >= size:
         raise ValueError(f"Indices must be 0 … {size - 1}, and at least one.")
     return torch.bincount(indices.flatten(), minlength=size).double()
@@ -106,9 +111,18 @@ def perplexity(indices: Int[Tensor, "..."], size: int) -> float:
 
 
 def psnr(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Peak signal-to-noise ratio in dB for each picture in [−1, 1] (peak to peak 2)."""
+    """Peak signal-to-noise ratio in dB for each picture in [−1, 1] (peak to peak 2).
+
+    Raises:
+        ValueError: for pictures of different shapes, NaN, or values on another scale, such as that
+            of bytes; a reconstruction may leave [−1, 1] a little.
+    """
     if a.shape != b.shape:
         raise ValueError(f"Pictures of different shapes: {tuple(a.shape)}, {tuple(b.shape)}.")
+    check_finite("Pictures", a)
+    check_finite("Pictures", b)
+    if a.numel() and (most := max(a.abs().max().item(), b.abs().max().item())) > LARGEST_VALUE:
+        raise ValueError(f"Pictures lie in [−1, 1]; these reach {most:.3g}.")
     return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)).clamp(min=1e-12))
 
 
