@@ -41,7 +41,7 @@ from t2ilearn.systems.requests import (
     request_from_json,
     request_to_json,
 )
-from t2ilearn.weights import WeightsError, claim_new, write_atomically
+from t2ilearn.weights import WeightsError, check_default_dtype, claim_new, write_atomically
 
 METADATA_KEY = "t2ilearn"
 _ABOUT_FILE = ("weights", "version", "schema")  # what metadata hold beside the request
@@ -315,6 +315,7 @@ def draw_request(request: Request) -> Drawing:
     Raises:
         CaptionError, ValueError, WeightsError: as `draw`, and as `check_request`.
     """
+    check_default_dtype()
     system = registry.load(request.system)
     read = check_request(request, system)
     name = request.scorer or system.default_scorer(read)

@@ -8,7 +8,9 @@ import io
 import json
 import os
 import random
+import shutil
 import zlib
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,19 +22,28 @@ from t2ilearn import cli, drawing
 from t2ilearn.data import CaptionTokenizer, Folder, Shapes
 from t2ilearn.data.picture_files import FolderError, read_picture
 from t2ilearn.data.pixels import bytes_from_pictures
-from t2ilearn.drawing import Drawing
+from t2ilearn.drawing import Drawing, draw
 from t2ilearn.judging.clip import retrieval
 from t2ilearn.judging.counting import other_captions
+from t2ilearn.judging.metrics import (
+    frechet_distance,
+    perplexity,
+    precision_recall,
+)
 from t2ilearn.judging.report import evaluate_tokenizer
 from t2ilearn.models.clip import CLIP, ImageTowerConfig, TextTowerConfig
+from t2ilearn.models.dvae import gumbel_softmax
 from t2ilearn.models.dit import DiT, DiTConfig
 from t2ilearn.models.transformer import PriorConfig, TransformerPrior
 from t2ilearn.models.vqvae import VQVAE, VQVAEConfig
-from t2ilearn.systems import Request
+from t2ilearn.pretrained.checkpoints import read_checkpoint
+from t2ilearn.pretrained.taming import load_taming
+from t2ilearn.systems import Request, evaluate_system, load
 from t2ilearn.systems.diffusion import DiffusionSystem
 from t2ilearn.systems.plan import train_system
 from t2ilearn.systems.tokens import TokenOptions, TokenSystem
-from t2ilearn.training import TrainingError, archive_run
+from t2ilearn.training import TrainConfig, TrainingError, archive_run, read_record, train
+from t2ilearn.weights import Weights, WeightsError, check_state, load_into
 
 PICTURES = bytes_from_pictures(
     Shapes(32).sample(24, generator=torch.Generator().manual_seed(0)).pictures
@@ -379,3 +390,215 @@ def test_a_wrong_checksum_within_a_png_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(FolderError, match="checksum of its part 'IDAT'"):
         read_picture(tmp_path / "a.png")
+
+
+# --- errors of other libraries: the cause and the cure in a sentence ---------------------------
+
+
+class Terms(NamedTuple):
+    total: torch.Tensor
+
+
+def train_line(folder, steps=3, **how):
+    """A run of a few steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    config = TrainConfig(**{"steps": steps, "batch_size": 4, "warmup_steps": 1, **how})
+    return train(
+        model,
+        lambda step, generator: torch.randn(4, 3, generator=generator),
+        lambda model, batch, generator: Terms(model(batch).square().mean()),
+        config,
+        folder,
+        checkpoint_seconds=0.0,
+        progress=False,
+    )
+
+
+CHECKPOINT_EDITS = {
+    "empty": lambda facts: "",
+    "null": lambda facts: "null",
+    "list": lambda facts: "[]",
+    "number": lambda facts: "3",
+    "deep": lambda facts: "[" * 100_000,
+    "cut": lambda facts: json.dumps(facts)[:-40],
+    **{
+        f"without {name}": lambda facts, name=name: json.dumps(
+            {key: value for key, value in facts.items() if key != name}
+        )
+        for name in ("config", "curves", "frames", "seconds", "steps_done", "unplotted", "scaler")
+    },
+    **{
+        f"{name} is {value}": lambda facts, name=name, value=value: json.dumps({**facts, name: value})
+        for name in ("config", "curves", "frames", "steps_done", "unplotted", "file", "format")
+        for value in (None, 7.5, "abc", [1])
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def line_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("line")
+    train_line(folder)
+    return folder
+
+
+@pytest.mark.parametrize("edit", CHECKPOINT_EDITS)
+def test_a_damaged_checkpoint_is_a_sentence(edit, line_run, tmp_path):
+    shutil.copytree(line_run, tmp_path, dirs_exist_ok=True)
+    listing = tmp_path / "checkpoint.json"
+    facts = json.loads(listing.read_text(encoding="utf-8"))
+    listing.write_text(CHECKPOINT_EDITS[edit](facts), encoding="utf-8")
+    with pytest.raises(TrainingError, match="damaged|another config"):
+        train_line(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "[" * 100_000, '{"frames": [1]}', "\0"])
+def test_an_empty_or_damaged_record_of_a_run_is_a_sentence(text, tmp_path):
+    run = tmp_path / "vqvae-tiny"
+    run.mkdir()
+    for name in ("inputs.json", "flight.json"):
+        (run / name).write_text(text, encoding="utf-8")
+    if text != '{"frames": [1]}':
+        with pytest.raises(TrainingError, match="damaged.*Remove the folder"):
+            train_system("vqvae", "tiny", tmp_path, stage="vqvae", steps=1, progress=False)
+    with pytest.raises(TrainingError, match="flight record .* is damaged"):
+        read_record(run)
+
+
+@pytest.mark.parametrize("edit", [lambda data: data[:20], lambda data: b"", lambda data: b"\0" * 999])
+def test_a_damaged_frame_of_a_run_is_a_sentence(edit, tmp_path):
+    (tmp_path / "frames").mkdir()
+    facts = {"frames": [{"step": 1, "file": "frames/000001.webp"}]}
+    (tmp_path / "flight.json").write_text(json.dumps(facts), encoding="utf-8")
+    (tmp_path / "frames" / "000001.webp").write_bytes(edit(saved("WEBP")))
+    with pytest.raises(TrainingError, match="frame .*000001.webp is"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": "300"},
+        {"steps": 2.5},
+        {"batch_size": None},
+        {"learning_rate": "1e-3"},
+        {"seed": 1.0},
+        {"steps": True},
+        {"weight_decay": [0.1]},
+    ],
+)
+def test_a_config_of_other_types_is_a_sentence(wrong, tmp_path, unchecked):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a"):
+        train_line(tmp_path, **wrong)
+
+
+WRAPPED = {
+    "data-parallel": (lambda name: f"module.{name}", "model.module"),
+    "compiled": (lambda name: f"_orig_mod.{name}", "model._orig_mod"),
+    "both": (lambda name: f"module._orig_mod.{name}", "model.module"),
+    "a part compiled": (lambda name: name.replace("encoder.", "encoder._orig_mod."), "_orig_mod"),
+    "a larger model": (lambda name: f"first_stage_model.{name}", "begins with first_stage_model"),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_names_with_a_prefix_are_explained(kind):
+    rename, cure = WRAPPED[kind]
+    plain = tiny_vqvae().state_dict()
+    wrapped = {rename(name): tensor for name, tensor in plain.items()}
+    with pytest.raises(WeightsError, match=cure):
+        check_state(wrapped, plain, "VQVAE")
+    if kind != "a larger model":
+        with pytest.raises(WeightsError, match="is wrapped by DataParallel or torch.compile"):
+            check_state(plain, wrapped, "this model")
+
+
+@pytest.mark.parametrize("kind", ["data-parallel", "compiled", "both"])
+def test_released_checkpoints_are_read_with_a_wrapper_s_prefix(kind, tmp_path):
+    plain = tiny_vqvae().state_dict()
+    wrapped = {WRAPPED[kind][0](name): tensor for name, tensor in plain.items()}
+    torch.save({"state_dict": wrapped}, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt").keys() == plain.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_another_default_dtype_is_named_as_the_cause(dtype, tmp_path, monkeypatch):
+    system = load("vqvae-tiny")
+    stored = Weights(tiny_vqvae().state_dict(), None, tmp_path)
+    model = tiny_vqvae()
+    torch.set_default_dtype(dtype)
+    try:
+        for act in (
+            lambda: draw("a red star", system="vqvae-tiny", count=1),
+            lambda: evaluate_system(system, n=8),
+            lambda: load_into(model, stored),
+            lambda: load_taming(tmp_path / "none.ckpt"),
+            lambda: train_line(tmp_path),
+        ):
+            with pytest.raises((ValueError, WeightsError), match=f"default dtype is {dtype}.*set_default_dtype"):
+                act()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 1e-300, 5e-324, 1e-7])
+def test_a_temperature_that_overflows_is_a_sentence(temperature, unchecked):
+    with pytest.raises(ValueError, match="temperature"):
+        draw("a red star", system="vqvae-tiny", temperature=temperature)
+    with pytest.raises(ValueError, match="temperature"):
+        gumbel_softmax(torch.rand(1, 4, 2), torch.rand(1, 4, 2), temperature)
+
+
+# --- the Fréchet distance where features outnumber samples -------------------------------------
+
+TOLERANCE = 1e-12  # of ‖μ − ν‖² + tr A + tr B, as the docstring states
+
+
+def features(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def size_of(a, b):
+    """‖μ − ν‖² + tr A + tr B."""
+    return (a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum()
+
+
+@pytest.mark.parametrize(("n", "d"), [(50, 512), (2, 64), (3, 2048), (128, 128), (129, 128), (400, 8)])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 30.0, 1e6])
+def test_the_frechet_distance_has_the_stated_error_and_is_never_below_0(n, d, scale):
+    real = scale * features(n, d)
+    shift = 0.3 * scale * features(1, d, seed=1)
+    cases = [
+        (real, torch.zeros(())),  # of a set and itself
+        (real.flip(0), torch.zeros(())),
+        (torch.cat([real, real]), (1 - (2 * (n - 1) / (2 * n - 1)) ** 0.5) ** 2 * real.var(0).sum()),
+        (real + shift, shift.square().sum()),
+        (1.5 * real, 0.25 * (real.mean(0).square().sum() + real.var(0).sum())),
+        (-real, (2 * real.mean(0)).square().sum()),
+        (torch.zeros(4, d, dtype=torch.float64), real.mean(0).square().sum() + real.var(0).sum()),
+    ]
+    for fake, expected in cases:
+        for pair in ((real, fake), (fake, real)):
+            found = frechet_distance(*pair)
+            assert found >= 0
+            assert abs(found - expected.item()) <= TOLERANCE * size_of(real, fake).item()
+
+
+def test_the_frechet_distance_of_unrelated_sets_equals_its_value_in_100_digits():
+    mpmath = pytest.importorskip("mpmath")
+    a, b = features(4, 7), features(5, 7, seed=1) * 3 + 1
+    with mpmath.workdps(100):
+        x, y = (mpmath.matrix((f - f.mean(0)).tolist()) for f in (a, b))
+        product = x * y.T / mpmath.sqrt((len(a) - 1) * (len(b) - 1))
+        cross = sum(mpmath.sqrt(abs(v)) for v in mpmath.eigsy(product * product.T)[0])
+        expected = size_of(a, b).item() - 2 * cross
+    assert abs(frechet_distance(a, b) - float(expected)) <= TOLERANCE * size_of(a, b).item()
+
+
+def test_other_measures_stay_in_their_ranges_too():
+    for n, d in ((12, 512), (40, 3)):
+        real = 30 * features(n, d)
+        assert precision_recall(real, real) == (1, 1)
+    for size in (3, 100, 1000, 4096):
+        assert perplexity(torch.arange(size), size) <= size

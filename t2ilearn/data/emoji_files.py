@@ -57,7 +57,7 @@ def read_index(directory: Path | None = None) -> dict[str, Any]:
             f"The index {path} is missing. Install the package again, or build it with "
             "tools/build_emoji.py."
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EmojiError(f"The index {path} is damaged ({error!r}). {AGAIN}") from None
     if unknown := [style for style in styles if style not in STYLES]:
         raise EmojiError(

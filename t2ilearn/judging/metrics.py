@@ -33,25 +33,32 @@ def _pair(real: Tensor, fake: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
     return real, fake
 
 
-def _root(matrix: Tensor) -> Tensor:
-    """The symmetric square root of a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+def _spread(features: Tensor) -> Tensor:
+    """R, triangular or wide, with Rᵀ R = the covariance of the features."""
+    centred = features - features.mean(0)
+    return torch.linalg.qr(centred, mode="r").R / (len(features) - 1) ** 0.5
 
 
 def frechet_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"]) -> float:
     """‖μ − ν‖² + tr(A + B − 2 (A^½ B A^½)^½) of two Gaussians (Heusel 2017, Eq. 6), in float64.
 
-    A^½ B A^½ is symmetric, so that its eigenvalues are real even with fewer samples than
-    features; the usual (A B)^½ gets complex roots there.
+    With A = Rᵀ R and B = Sᵀ S, the trace of the last root is the sum of the singular values of
+    R Sᵀ. No root of an eigenvalue is taken, whose rounding errors around 0 would add up where
+    there are fewer samples than features; (A B)^½ even gets complex roots there.
+
+    Returns:
+        At least 0, with an error of at most 1e-12 (‖μ − ν‖² + tr A + tr B) and the rounding of
+        features far from 0.
+
+    Raises:
+        ValueError: for fewer than two samples, features of different sizes, or NaN.
     """
     real, fake = _pair(real, fake)
-    a, b = torch.cov(real.T), torch.cov(fake.T)
-    a, b = torch.atleast_2d(a), torch.atleast_2d(b)
-    half = _root(a)
-    cross = torch.linalg.eigvalsh(half @ b @ half).clamp(min=0).sqrt().sum()
+    r, s = _spread(real), _spread(fake)  # (min(n, D), D) and (min(m, D), D)
+    cross = torch.linalg.svdvals(r @ s.T).sum()
     shift = (real.mean(0) - fake.mean(0)).square().sum()
-    return float(shift + a.trace() + b.trace() - 2 * cross)
+    distance = shift + r.square().sum() + s.square().sum() - 2 * cross
+    return max(0.0, float(distance))
 
 
 def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"]) -> float:
@@ -107,7 +114,7 @@ def perplexity(indices: Int[Tensor, "..."], size: int) -> float:
     """exp of the entropy of the indices over the whole set; `size` if all are equally frequent."""
     p = _counts(indices, size)
     p = p / p.sum()
-    return float(torch.special.entr(p).sum().exp())
+    return min(float(size), float(torch.special.entr(p).sum().exp()))
 
 
 def psnr(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:

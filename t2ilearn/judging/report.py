@@ -236,7 +236,7 @@ def distances(
         kernel = bootstrap(kernel_distance, a, b, generator=generator, rounds=20)
         name = f"{world.label}Fréchet distance in reader features{ending}"
         metrics |= {
-            name: rounded(frechet),
+            name: rounded(frechet._replace(low=max(0.0, frechet.low))),
             f"{world.label}kernel distance{ending}": rounded(kernel),
             f"{world.label}precision{ending}": round(precision, 4),
             f"{world.label}recall{ending}": round(recall, 4),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 GROUPS = 8  # of group norms, unless stated otherwise: channels are multiples of it
 RANGE_TOLERANCE = 1e-3  # pixels may leave [−1, 1] by this much
+LEAST_TEMPERATURE = 1e-6  # above 0: logits divided by less overflow in float32
 
 
 # --- guards ------------------------------------------------------------------------------------

@@ -23,10 +23,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .layers import LEAST_TEMPERATURE
 from .tokens import null_caption
 from .transformer import Prior, PriorConfig
-
-LEAST_TEMPERATURE = 1e-6  # above 0: logits divided by less overflow in float32
 
 
 def sample_from_logits(

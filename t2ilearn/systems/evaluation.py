@@ -18,6 +18,7 @@ from t2ilearn.judging.metrics import Interval, bootstrap
 from t2ilearn.judging.reader import load_reader
 from t2ilearn.judging.report import CHUNK, distances, rounded, share
 from t2ilearn.systems.base import Options, Request, System
+from t2ilearn.weights import check_default_dtype
 
 MOST = 8  # drawings a caption, of which the best is kept
 
@@ -31,7 +32,11 @@ def evaluate_system(
     Args:
         worlds: by default those that it learned, at its resolution.
         n: pictures of each test set.
+
+    Raises:
+        WeightsError: if torch's default dtype is not float32.
     """
+    check_default_dtype()
     if worlds is None:
         worlds = tuple(WORLDS[name](system.resolution) for name in system.worlds)  # type: ignore[call-arg]
     metrics: dict[str, Any] = {}

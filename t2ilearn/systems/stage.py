@@ -240,7 +240,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict) or not found:
             raise ValueError("it holds nothing")
         return found
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TrainingError(
             f"{path} is damaged ({error}), so what this run learned from is not known. Remove the "
             "folder, or name another with --runs."

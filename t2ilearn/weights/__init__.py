@@ -6,6 +6,7 @@ from t2ilearn.weights.files import (
     ASSETS,
     Weights,
     available,
+    check_default_dtype,
     check_state,
     claim_new,
     figure,
@@ -17,6 +18,7 @@ from t2ilearn.weights.files import (
     read_tensors,
     save,
     to_bytes,
+    without_wrappers,
     write_atomically,
 )
 
@@ -28,6 +30,7 @@ __all__ = [
     "Weights",
     "WeightsError",
     "available",
+    "check_default_dtype",
     "check_state",
     "claim_new",
     "configs_of",
@@ -40,5 +43,6 @@ __all__ = [
     "read_tensors",
     "save",
     "to_bytes",
+    "without_wrappers",
     "write_atomically",
 ]

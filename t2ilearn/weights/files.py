@@ -19,6 +19,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ T = TypeVar("T")
 ASSETS = Path(__file__).parent.parent / "assets"
 METADATA_KEY = "t2ilearn"  # of the header, for the schema, the stage and the configs
 _PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+_WRAPPERS = ("module", "_orig_mod")
 _MOST_FAULTS = 20  # that one message lists
 _LARGEST_HEADER = 100 * 2**20  # safetensors' own limit, in bytes
 
@@ -178,15 +180,34 @@ def load_into(model: nn.Module, weights: Weights) -> None:
     """Copy weights into a model, in place, on whatever device it is.
 
     Raises:
-        WeightsError: naming the tensors that are missing, left over, or of another shape or kind.
-            The model is then unchanged.
+        WeightsError: naming the tensors that are missing, left over, or of another shape or kind,
+            or if torch's default dtype is not float32. The model is then unchanged.
     """
+    check_default_dtype()
     check_state(weights.state, model.state_dict(), type(model).__name__)
     model.load_state_dict(weights.state, strict=True)
 
 
+def check_default_dtype() -> None:
+    """Raise `WeightsError` unless torch makes tensors of float32, as all weights here expect."""
+    if torch.get_default_dtype() != torch.float32:
+        raise WeightsError(
+            f"torch's default dtype is {torch.get_default_dtype()}, and these models compute in "
+            "torch.float32. Call torch.set_default_dtype(torch.float32) first; to compute in "
+            "another precision, convert the loaded model, as in model.double()."
+        )
+
+
+def without_wrappers(name: str) -> str:
+    """A tensor's name without what `DataParallel` ("module.") and `torch.compile`
+    ("_orig_mod.") put before the names of what they wrap."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner: str) -> None:
     """Raise `WeightsError` with the differences between two sets of names, shapes and kinds."""
+    if state.keys() != wanted.keys():
+        _check_prefixes(state, wanted, owner)
     faults = [f"missing {key}" for key in wanted if key not in state]
     faults += [f"left over {key}" for key in state if key not in wanted]
     for key in (key for key in wanted if key in state):
@@ -199,6 +220,30 @@ def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner
         faults[_MOST_FAULTS:] = [f"and {len(faults) - _MOST_FAULTS} more"]
     if faults:
         raise WeightsError(f"The weights do not fit {owner}:\n  " + "\n  ".join(faults))
+
+
+def _check_prefixes(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner: str
+) -> None:
+    """Raise `WeightsError` if names differ by nothing but what a wrapper put before them."""
+    plain_state, plain_wanted = (set(map(without_wrappers, names)) for names in (state, wanted))
+    if plain_state == plain_wanted and plain_wanted == wanted.keys():
+        raise WeightsError(
+            f"The weights do not fit {owner}: their names, such as {next(iter(state))}, hold what "
+            "DataParallel or torch.compile puts before them. Save the state_dict() of the model "
+            "within: model.module, or model._orig_mod."
+        )
+    if plain_state == plain_wanted and plain_state == state.keys():
+        raise WeightsError(
+            f"The weights do not fit {owner}, for it is wrapped by DataParallel or torch.compile. "
+            "Give the model within: model.module, or model._orig_mod."
+        )
+    prefix = next(iter(state), "").partition(".")[0] + "."
+    if {name.removeprefix(prefix) for name in state if name.startswith(prefix)} == wanted.keys():
+        raise WeightsError(
+            f"The weights do not fit {owner}: every name begins with {prefix}, as in a larger "
+            "model. Take that off, or save the part alone."
+        )
 
 
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
