@@ -3,6 +3,7 @@
 Imports of torch wait until a command needs them, so that `--help` answers at once.
 """
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -242,6 +243,9 @@ def weights() -> None:
 
 def main() -> None:
     """Run the command line; errors meant for people are printed without a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a page without "é" or "±" gets "?" there
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app(standalone_mode=False)
     except typer.Exit as stop:

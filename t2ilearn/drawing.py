@@ -40,6 +40,7 @@ from t2ilearn.systems.requests import (
     make_request,
     request_from_json,
     request_to_json,
+    whole_number,
 )
 from t2ilearn.weights import WeightsError, check_default_dtype, claim_new, write_atomically
 
@@ -220,7 +221,10 @@ def complete(
         CaptionError, ValueError, WeightsError: as `draw`, and for a picture of another size or
             range, or no row left to draw.
     """
-    loaded = registry.load(system)
+    loaded, rows = registry.load(system), whole_number("number of rows", rows)
+    if not isinstance(picture, Tensor):
+        kind = type(picture).__name__
+        raise ValueError(f"A picture to finish is a tensor of shape (3, H, W), not a {kind}.")
     if picture.ndim != 3:
         raise ValueError(f"One picture is of shape (3, H, W), not {tuple(picture.shape)}.")
     side = loaded.resolution

@@ -9,20 +9,27 @@ import json
 import os
 import random
 import shutil
+import sys
 import zlib
+from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from tiny_systems import tiny_systems
 from typer.testing import CliRunner
 
 import t2ilearn.studio as studio_module
-from t2ilearn import cli, drawing
-from t2ilearn.data import CaptionTokenizer, Folder, Shapes
+from t2ilearn import cli, drawing, weights
+from t2ilearn.data import CaptionError, CaptionTokenizer, Folder, Shapes, WordTokenizer, parse
 from t2ilearn.data.picture_files import FolderError, read_picture
 from t2ilearn.data.pixels import bytes_from_pictures
-from t2ilearn.drawing import Drawing, draw
+from t2ilearn.drawing import Drawing, complete, draw, redraw
 from t2ilearn.judging.clip import retrieval
 from t2ilearn.judging.counting import other_captions
 from t2ilearn.judging.metrics import (
@@ -32,13 +39,13 @@ from t2ilearn.judging.metrics import (
 )
 from t2ilearn.judging.report import evaluate_tokenizer
 from t2ilearn.models.clip import CLIP, ImageTowerConfig, TextTowerConfig
-from t2ilearn.models.dvae import gumbel_softmax
 from t2ilearn.models.dit import DiT, DiTConfig
+from t2ilearn.models.dvae import gumbel_softmax
 from t2ilearn.models.transformer import PriorConfig, TransformerPrior
 from t2ilearn.models.vqvae import VQVAE, VQVAEConfig
 from t2ilearn.pretrained.checkpoints import read_checkpoint
 from t2ilearn.pretrained.taming import load_taming
-from t2ilearn.systems import Request, evaluate_system, load
+from t2ilearn.systems import Prompt, Request, evaluate_system, load, token_training
 from t2ilearn.systems.diffusion import DiffusionSystem
 from t2ilearn.systems.plan import train_system
 from t2ilearn.systems.tokens import TokenOptions, TokenSystem
@@ -67,6 +74,18 @@ def own_pictures(folder, captions_of):
         image(number).save(folder / f"{number}.png")
     write_table(folder, [(f"{n}.png", text) for n in range(24) for text in captions_of(n)])
     return folder
+
+
+@pytest.fixture(scope="module")
+def own_prior(tmp_path_factory):
+    """The folder of a prior that learned own pictures for a step."""
+    folder = own_pictures(tmp_path_factory.mktemp("own") / "pictures", lambda n: [f"Bild {n}"])
+    with tiny_systems(n=8), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(token_training.PICTURES_PER_WORLD, "folder", 16)
+        how = {"data": folder, "steps": 1, "progress": False}
+        for stage in ("vqvae", "prior"):
+            train_system("vqvae", "tiny", folder.parent / "runs", stage=stage, **how)
+    return folder.parent / "runs" / "prior-tiny"
 
 
 def tiny_vqvae():
@@ -429,7 +448,9 @@ CHECKPOINT_EDITS = {
         for name in ("config", "curves", "frames", "seconds", "steps_done", "unplotted", "scaler")
     },
     **{
-        f"{name} is {value}": lambda facts, name=name, value=value: json.dumps({**facts, name: value})
+        f"{name} is {value}": lambda facts, name=name, value=value: json.dumps(
+            {**facts, name: value}
+        )
         for name in ("config", "curves", "frames", "steps_done", "unplotted", "file", "format")
         for value in (None, 7.5, "abc", [1])
     },
@@ -466,7 +487,9 @@ def test_an_empty_or_damaged_record_of_a_run_is_a_sentence(text, tmp_path):
         read_record(run)
 
 
-@pytest.mark.parametrize("edit", [lambda data: data[:20], lambda data: b"", lambda data: b"\0" * 999])
+@pytest.mark.parametrize(
+    "edit", [lambda data: data[:20], lambda data: b"", lambda data: b"\0" * 999]
+)
 def test_a_damaged_frame_of_a_run_is_a_sentence(edit, tmp_path):
     (tmp_path / "frames").mkdir()
     facts = {"frames": [{"step": 1, "file": "frames/000001.webp"}]}
@@ -536,7 +559,9 @@ def test_another_default_dtype_is_named_as_the_cause(dtype, tmp_path, monkeypatc
             lambda: load_taming(tmp_path / "none.ckpt"),
             lambda: train_line(tmp_path),
         ):
-            with pytest.raises((ValueError, WeightsError), match=f"default dtype is {dtype}.*set_default_dtype"):
+            with pytest.raises(
+                (ValueError, WeightsError), match=f"default dtype is {dtype}.*set_default_dtype"
+            ):
                 act()
     finally:
         torch.set_default_dtype(torch.float32)
@@ -564,7 +589,9 @@ def size_of(a, b):
     return (a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum()
 
 
-@pytest.mark.parametrize(("n", "d"), [(50, 512), (2, 64), (3, 2048), (128, 128), (129, 128), (400, 8)])
+@pytest.mark.parametrize(
+    ("n", "d"), [(50, 512), (2, 64), (3, 2048), (128, 128), (129, 128), (400, 8)]
+)
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 30.0, 1e6])
 def test_the_frechet_distance_has_the_stated_error_and_is_never_below_0(n, d, scale):
     real = scale * features(n, d)
@@ -572,7 +599,10 @@ def test_the_frechet_distance_has_the_stated_error_and_is_never_below_0(n, d, sc
     cases = [
         (real, torch.zeros(())),  # of a set and itself
         (real.flip(0), torch.zeros(())),
-        (torch.cat([real, real]), (1 - (2 * (n - 1) / (2 * n - 1)) ** 0.5) ** 2 * real.var(0).sum()),
+        (
+            torch.cat([real, real]),
+            (1 - (2 * (n - 1) / (2 * n - 1)) ** 0.5) ** 2 * real.var(0).sum(),
+        ),
         (real + shift, shift.square().sum()),
         (1.5 * real, 0.25 * (real.mean(0).square().sum() + real.var(0).sum())),
         (-real, (2 * real.mean(0)).square().sum()),
@@ -602,3 +632,187 @@ def test_other_measures_stay_in_their_ranges_too():
         assert precision_recall(real, real) == (1, 1)
     for size in (3, 100, 1000, 4096):
         assert perplexity(torch.arange(size), size) <= size
+
+
+# --- path-like and number-like arguments, and captions from other worlds -----------------------
+
+
+class Somewhere:
+    """A path as other libraries have it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return str(self.path)
+
+
+@pytest.mark.parametrize(
+    ("how", "stored"),
+    [
+        ({"system": Path("vqvae-tiny")}, {"system": "vqvae-tiny"}),
+        ({"system": Somewhere("vqvae-tiny")}, {"system": "vqvae-tiny"}),
+        ({"seed": np.int64(3)}, {"seed": 3}),
+        ({"seed": torch.tensor(3), "count": np.uint8(1)}, {"seed": 3}),
+        ({"best_of": np.int32(2)}, {"best_of": 2}),
+        ({"guidance_scale": np.float32(1.5), "top_k": np.int64(7)}, {}),
+        ({"guidance_scale": Fraction(3, 2), "temperature": Decimal("0.5")}, {}),
+        ({"temperature": torch.tensor(0.5)}, {}),
+        ({"caption": np.str_("a red star")}, {"captions": ["a red star"]}),
+        ({"caption": [("a red star", 1)]}, {"captions": [[["a red star", 1.0]]]}),
+    ],
+)
+def test_arguments_that_are_like_paths_and_numbers_are_saved_and_drawn_again(
+    how, stored, tmp_path, unchecked
+):
+    drawn = draw(**{"caption": "a red star", "system": "vqvae-tiny", "count": 1, **how})
+    again = redraw(drawn.save(Somewhere(tmp_path / "a.png")))
+    assert torch.equal(again.pictures, drawn.pictures)
+    assert stored.items() <= drawing._read_metadata(tmp_path / "a.png").items()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"system": 7},
+        {"system": ["vqvae-tiny"]},
+        {"seed": 1.0},
+        {"seed": "1"},
+        {"count": True},
+        {"best_of": torch.tensor([1, 2])},
+        {"temperature": "warm"},
+        {"temperature": True},
+        {"top_k": 2.5},
+        {"scorer": Path("likelihood")},
+        {"caption": None},
+        {"caption": b"a red star"},
+        {"caption": 7},
+        {"caption": ()},
+        {"caption": [("a red star", "much")]},
+        {"caption": [("a red star", float("nan"))]},
+        {"caption": {"a red star": 1}},
+    ],
+)
+def test_other_arguments_are_refused_before_drawing(how, monkeypatch, unchecked):
+    monkeypatch.setattr(TokenSystem, "steps", lambda *_, **__: pytest.fail("it was drawn"))
+    monkeypatch.setattr(TokenSystem, "candidates", lambda *_, **__: pytest.fail("it was drawn"))
+    with pytest.raises(ValueError, match=r"must be|is named|[Cc]aption|prompt"):
+        draw(**{"caption": "a red star", "system": "vqvae-tiny", "count": 1, **how})
+
+
+def test_what_is_finished_and_requests_made_by_hand_are_checked_at_the_start(
+    tmp_path, unchecked, monkeypatch
+):
+    half = torch.zeros(3, 32, 32)
+    drawn = complete(half, "a red star", rows=np.int64(4), system=Path("vqvae-tiny"), count=1)
+    assert redraw(drawn.save(tmp_path / "a.png")).request.rows == 4
+    for picture, rows in ((half.numpy(), 4), (half, 4.0), (half, "4"), (None, 4)):
+        with pytest.raises(ValueError, match="A picture to finish|whole number"):
+            complete(picture, "a red star", rows=rows, system="vqvae-tiny")
+    monkeypatch.setattr(TokenSystem, "candidates", lambda *_, **__: pytest.fail("it was drawn"))
+    by_hand = Request(("a red star",), Path("vqvae-tiny"), options=TokenOptions())
+    for request in (by_hand, replace(by_hand, system="vqvae-tiny", seed=np.int64(1))):
+        with pytest.raises(ValueError, match="no file can store"):
+            drawing.draw_request(request)
+
+
+HALVES = ["a \udcff", "\ud83d", "a red star \udc00", "\udcff\udcfe"]
+
+
+@pytest.mark.parametrize("caption", HALVES)
+def test_a_byte_that_is_no_unicode_is_a_caption_error_everywhere(caption, own_prior, unchecked):
+    words = CaptionTokenizer.train(["a red star"])
+    for act in (
+        lambda: draw(caption, system="vqvae-tiny"),
+        lambda: draw(caption, system=own_prior),
+        lambda: draw((Prompt(caption, 0.5),), system="vqvae-tiny"),
+        lambda: next(drawing.draw_steps(caption, system=own_prior)),
+        lambda: complete(torch.zeros(3, 32, 32), caption, system=own_prior),
+        lambda: words.encode(["a star", caption]),
+        lambda: words.pieces(caption),
+        lambda: words.fitted([caption]),
+        lambda: CaptionTokenizer.train([caption]),
+        lambda: WordTokenizer().encode([caption]),
+        lambda: parse(caption),
+    ):
+        with pytest.raises(CaptionError):
+            act()
+
+
+def on_a_page(monkeypatch, encoding, *arguments):
+    """What a command writes where standard output and error have an encoding, and its status."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    monkeypatch.setattr(sys, "argv", ["t2ilearn", *(os.fsdecode(a) for a in arguments)])
+    status = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        status = stop.code
+    for stream in streams:
+        stream.flush()
+    return status, *(stream.buffer.getvalue().decode(encoding) for stream in streams)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["draw", b"a \xff", "--with", "OWN"],
+        ["draw", b"a \xff", "--with", "vqvae-tiny"],
+        ["draw", "a star", "--with", b"\xff"],
+        ["draw", "a red star", "--with", "vqvae-tiny", b"--temp\xff", "1"],
+        ["draw", "a red star", "--with", "vqvae-tiny", "--scorer", b"\xff"],
+        ["draw", "a red star", "--with", "vqvae-tiny", "--out", b"\xff/a.png"],
+        ["redraw", b"\xff.png"],
+        ["train", b"\xff"],
+        ["train", "vqvae", "--data", b"\xff"],
+        ["evaluate", b"\xff"],
+    ],
+)
+def test_a_byte_that_is_no_unicode_is_a_sentence_on_the_command_line(
+    arguments, own_prior, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = [own_prior if argument == "OWN" else argument for argument in arguments]
+    status, _, said = on_a_page(monkeypatch, "utf-8", *arguments)
+    assert status == 2 and "Error: " in said and "Traceback" not in said, said
+
+
+# --- output in any code page -------------------------------------------------------------------
+
+PAGES = ["cp932", "ascii", "cp437", "koi8-r", "cp1252", "big5", "utf-8"]
+
+
+@pytest.mark.parametrize("encoding", PAGES)
+def test_every_line_is_printed_in_any_code_page(encoding, tmp_path, monkeypatch, own_prior):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "available", lambda directory=None: ("prior-tiny", "vqvae-tiny"))
+    whole = {
+        command: on_a_page(monkeypatch, "utf-8", *command)
+        for command in (("weights",), ("systems",), ("train", "vqvae", "--dry-run"))
+    }
+    assert on_a_page(monkeypatch, encoding, "--help")[0] == 0  # with frames that suit the page
+    for command, (status, out, err) in whole.items():
+        found = on_a_page(monkeypatch, encoding, *command)
+        expected = out.encode(encoding, errors="replace").decode(encoding)
+        assert status == found[0] == 0 and found[1] == expected, err
+    assert "Fréchet" in whole["weights",][1] and "±" in whole["weights",][1]
+
+
+@pytest.mark.parametrize("encoding", PAGES)
+def test_every_error_and_file_name_is_printed_in_any_code_page(
+    encoding, quick, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for command, status, part in (
+        (["draw", "a star", "--out", "Stern ★.png"], 0, "Stern "),
+        (["draw", "ein Stern ★ ±", "zweites ★"], 2, "zweites "),
+        (["redraw", "é★.jpg", "--out", "★.jpg"], 2, "saved as .png"),
+        (["train", "★±é"], 2, "nothing to train"),
+        (["train", "vqvae", "--data", "★±é"], 2, "no folder"),
+        (["draw", "a star", "--seed", "★"], 2, "Invalid value"),
+    ):
+        found = on_a_page(monkeypatch, encoding, *command)
+        text = found[1] + found[2]
+        assert found[0] == status and part in text and "Traceback" not in text, text

@@ -64,7 +64,7 @@ class Folder:
     Raises:
         FolderError: if the folder or its table is missing or unreadable; if rows are bad, all of
             them by line number; or if the pictures would take more than `MEMORY_LIMIT`.
-        ValueError: if the resolution or the shift is out of range.
+        ValueError: if the resolution or the shift is no whole number, or out of range.
     """
 
     name = "folder"
@@ -77,6 +77,9 @@ class Folder:
     reconstruction_sets: tuple[str, ...] = TEST_SETS
 
     def __init__(self, path: str | Path, resolution: int = 64, shift: int = 0) -> None:
+        for name, value in {"resolution": resolution, "shift": shift}.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"The {name} must be a whole number, not {value!r}.")
         if resolution < 16:
             raise ValueError(f"The resolution must be at least 16 pixels, not {resolution}.")
         if not 0 <= shift <= resolution // 8:

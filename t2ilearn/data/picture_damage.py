@@ -61,4 +61,3 @@ def _has_jpeg_end(data: bytes) -> bool:
             scanned = scanned or mark == 0xDA
             at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
     return False
-

@@ -81,6 +81,9 @@ def mean_of_pictures(
     total = torch.zeros(int(member.max()) + 1, dtype=torch.float64)
     means = total.index_add(0, member, each.double()) / member.bincount()
     if len(means) == 1:
-        return {"value": round(means.item(), digits), "interval": "left out, for there is one picture"}
+        return {
+            "value": round(means.item(), digits),
+            "interval": "left out, for there is one picture",
+        }
     interval = bootstrap(lambda x: x.mean().item(), means, generator=generator)
     return {name: round(value, digits) for name, value in interval._asdict().items()}

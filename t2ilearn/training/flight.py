@@ -310,9 +310,7 @@ class Run:
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise damaged(self.run_dir, error) from None
 
-    def _restore_others(
-        self, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]
-    ) -> None:
+    def _restore_others(self, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
         """What a checkpoint holds beside the model; raises nearly any error if it is damaged."""
         check_state(parts["average"], self.average.values, "the averaged model")
         for name, value in self.average.values.items():

@@ -222,9 +222,7 @@ def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner
         raise WeightsError(f"The weights do not fit {owner}:\n  " + "\n  ".join(faults))
 
 
-def _check_prefixes(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner: str
-) -> None:
+def _check_prefixes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner: str) -> None:
     """Raise `WeightsError` if names differ by nothing but what a wrapper put before them."""
     plain_state, plain_wanted = (set(map(without_wrappers, names)) for names in (state, wanted))
     if plain_state == plain_wanted and plain_wanted == wanted.keys():
