@@ -90,7 +90,7 @@ class Reader(nn.Module):
         return maps
 
     def features(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """What metrics compare: the last layer before the answers. Raises ValueError as `forward`."""
+        """What metrics compare: the last layer before the answers. Raises as `forward` does."""
         check_pictures(pictures)
         x = F.silu(self.narrow(self.trunk(pictures)[-1]))
         return F.silu(self.project(x.flatten(1)))

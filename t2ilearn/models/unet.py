@@ -254,8 +254,8 @@ class UNet(nn.Module):
             low_t: the time up to which it was added.
 
         Raises:
-            ValueError: for pictures of another size or type, NaN, another number of times or captions, captions
-                that are none, or small pictures where there should be none, or none where there
+            ValueError: for pictures of another size or type, NaN, another number of times or
+                captions, captions that are none, or small pictures where there should be none, or none where there
                 should be some.
         """
         self._check(z, t, caption, low, low_t)
