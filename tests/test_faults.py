@@ -8,8 +8,10 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import sys
+import zipfile
 import zlib
 from dataclasses import replace
 from decimal import Decimal
@@ -49,7 +51,15 @@ from t2ilearn.systems import Prompt, Request, evaluate_system, load, token_train
 from t2ilearn.systems.diffusion import DiffusionSystem
 from t2ilearn.systems.plan import train_system
 from t2ilearn.systems.tokens import TokenOptions, TokenSystem
-from t2ilearn.training import TrainConfig, TrainingError, archive_run, read_record, train
+from t2ilearn.training import (
+    RunFileError,
+    TrainConfig,
+    TrainingError,
+    archive_run,
+    read_record,
+    restore_run,
+    train,
+)
 from t2ilearn.weights import Weights, WeightsError, check_state, load_into
 
 PICTURES = bytes_from_pictures(
@@ -595,7 +605,7 @@ def size_of(a, b):
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 30.0, 1e6])
 def test_the_frechet_distance_has_the_stated_error_and_is_never_below_0(n, d, scale):
     real = scale * features(n, d)
-    shift, shrink = 0.3 * scale * features(1, d, seed=1), 2 * (n - 1) / (2 * n - 1)
+    shift = 0.3 * scale * features(1, d, seed=1)
     cases = [
         (real, torch.zeros(())),  # of a set and itself
         (real.flip(0), torch.zeros(())),
@@ -816,3 +826,80 @@ def test_every_error_and_file_name_is_printed_in_any_code_page(
         found = on_a_page(monkeypatch, encoding, *command)
         text = found[1] + found[2]
         assert found[0] == status and part in text and "Traceback" not in text, text
+
+
+# --- archives that other programs made anew ----------------------------------------------------
+
+
+RUN = {"run/flight.json": "{}", "run/frames/000001.webp": "x", "run/card.json": "[]"}
+
+
+def zipped(path, members, **how):
+    with zipfile.ZipFile(path, "w", **how) as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"__MACOSX/run/._flight.json": "x", "__MACOSX/._run": "x", "run/.DS_Store": "x"},
+        {"run/Thumbs.db": "x", "run/frames/desktop.ini": "x"},
+        {".DS_Store": "x", "run/": "", "run/frames/": ""},
+        {"._run": "x"},
+    ],
+)
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("rename", ["run", "backup/run", "run\\"])
+def test_what_known_programs_add_to_an_archive_is_passed_over(extra, method, rename, tmp_path):
+    members = {name.replace("run", "backup/run", 1): text for name, text in RUN.items()}
+    if rename != "backup/run":
+        members = RUN
+    if rename == "run\\":
+        members = {name.replace("/", "\\"): text for name, text in RUN.items()}
+    file = zipped(tmp_path / "run.zip", {**extra, **members}, compression=method)
+    folder = restore_run(file, tmp_path / "home")
+    assert folder == tmp_path / "home" / "run"
+    found = {f"run/{p.relative_to(folder).as_posix()}": p.read_text() for p in folder.rglob("*.*")}
+    assert found == RUN
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"notes.txt": "x", **RUN}, "notes.txt is beside run"),
+        ({**RUN, "other/flight.json": "{}"}, "run, other"),
+        ({name.removeprefix("run/"): text for name, text in RUN.items()}, "zip the folder itself"),
+        ({"__MACOSX/run/._flight.json": "x"}, "no flight.json is in it"),
+        ({**RUN, "run/../../evil": "x"}, "outside the folder: 'run/../../evil'"),
+        ({**RUN, "C:/evil": "x"}, "outside the folder: 'C:/evil'"),
+        ({**RUN, "/evil": "x"}, "outside the folder: '/evil'"),
+        ({**RUN, "run\\flight.json": "x"}, "twice"),
+    ],
+)
+def test_other_oddities_of_an_archive_are_named(members, reason, tmp_path):
+    file = zipped(tmp_path / "run.zip", members)
+    with pytest.raises(RunFileError, match=re.escape(reason)):
+        restore_run(file, tmp_path / "home")
+    assert not (tmp_path / "home").exists() or not any((tmp_path / "home").iterdir())
+
+
+def with_byte(data, offset, value):
+    """A zip of one member whose local and central headers say something else at an offset."""
+    for mark, skip in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
+        at = data.index(mark) + offset + skip
+        data[at] = value
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "reason"),
+    [(6, 1, "encrypted"), (8, 9, "cannot be read"), (8, 97, "cannot")],
+)
+def test_an_encrypted_or_unknown_member_is_named(offset, value, reason, tmp_path):
+    file = zipped(tmp_path / "run.zip", {"run/flight.json": "{}"})
+    file.write_bytes(with_byte(bytearray(file.read_bytes()), offset, value))
+    with pytest.raises(RunFileError, match=reason):
+        restore_run(file, tmp_path / "home")

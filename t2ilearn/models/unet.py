@@ -255,8 +255,8 @@ class UNet(nn.Module):
 
         Raises:
             ValueError: for pictures of another size or type, NaN, another number of times or
-                captions, captions that are none, or small pictures where there should be none, or none where there
-                should be some.
+                captions, captions that are none, or small pictures where there should be none, or
+                none where there should be some.
         """
         self._check(z, t, caption, low, low_t)
         time, text = self.time(t), self.text(caption)
