@@ -4,6 +4,7 @@ Every test was seen to fail before its kind was cured.
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -22,13 +23,23 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw
 from tiny_systems import tiny_systems
 from typer.testing import CliRunner
 
 import t2ilearn.studio as studio_module
 from t2ilearn import cli, drawing, weights
-from t2ilearn.data import CaptionError, CaptionTokenizer, Folder, Shapes, WordTokenizer, parse
+from t2ilearn.data import (
+    CaptionError,
+    CaptionTokenizer,
+    Emoji,
+    Folder,
+    Shapes,
+    WordTokenizer,
+    parse,
+)
+from t2ilearn.data.folder import split_by_content
+from t2ilearn.data.near_twins import thumbnail, twin_groups
 from t2ilearn.data.picture_files import FolderError, read_picture
 from t2ilearn.data.pixels import bytes_from_pictures
 from t2ilearn.drawing import Drawing, complete, draw, redraw
@@ -903,3 +914,70 @@ def test_an_encrypted_or_unknown_member_is_named(offset, value, reason, tmp_path
     file.write_bytes(with_byte(bytearray(file.read_bytes()), offset, value))
     with pytest.raises(RunFileError, match=reason):
         restore_run(file, tmp_path / "home")
+
+
+# --- near twins stay on one side of the split --------------------------------------------------
+
+
+def copies(picture):
+    """A picture as other programs save it again."""
+    width, height = picture.size
+    yield "jpg", picture, {"format": "JPEG", "quality": 90}
+    yield "jpg", picture, {"format": "JPEG", "quality": 75}
+    yield "webp", picture, {"format": "WEBP", "quality": 80}
+    yield "gif", picture, {"format": "GIF"}
+    yield "png", picture.resize((width // 2, height // 2)), {"format": "PNG"}
+    yield "bmp", picture.resize((2 * width, 2 * height)), {"format": "BMP"}
+
+
+@pytest.mark.parametrize("kind", range(6))
+def test_a_picture_and_its_copy_are_never_in_different_splits(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("t2ilearn.data.folder.TEST_SHARE", 0.5)
+    rows = []
+    pictures = Emoji(64).sample(40, generator=torch.Generator().manual_seed(0)).pictures
+    for number, picture in enumerate(bytes_from_pictures(pictures)):
+        original = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((128, 128))
+        suffix, copy, how = list(copies(original))[kind]
+        original.save(tmp_path / f"{number}.png")
+        copy.save(tmp_path / f"copy-{number}.{suffix}", **how)
+        names = (f"{number}.png", f"copy-{number}.{suffix}")
+        rows += [(name, f"picture {number}") for name in names]
+    write_table(tmp_path, rows)
+    folder = Folder(tmp_path, 32)
+    train_captions, test_captions = set(folder.captions), set(folder.test_captions)
+    assert not train_captions & test_captions and len(test_captions) >= 8
+    assert len(train_captions) + len(test_captions) == 40
+
+
+def test_pictures_that_are_no_twins_keep_their_split_and_twins_share_one():
+    digests = [hashlib.sha256(bytes([number])).digest() for number in range(200)]
+    train, test = split_by_content(digests)
+    assert split_by_content(digests, list(range(200))) == (train, test) and 5 < len(test) < 40
+    by_pairs = [number // 2 for number in range(200)]
+    sides = [set(side) for side in split_by_content(digests, by_pairs)]
+    assert all(
+        ({2 * n, 2 * n + 1} <= sides[0]) != ({2 * n, 2 * n + 1} <= sides[1]) for n in range(100)
+    )
+    assert 2 * 2 < len(sides[1]) < 2 * 20
+    assert split_by_content(digests, [0] * 200)[1] == []
+
+
+def test_sketches_on_white_and_pictures_of_one_scene_are_no_twins():
+    dice, pictures = random.Random(0), []
+    for _ in range(60):
+        sketch = Image.new("RGB", (512, 512), "white")
+        corners = [(dice.randint(0, 511), dice.randint(0, 511)) for _ in range(8)]
+        ImageDraw.Draw(sketch).line(corners, fill="black", width=2)
+        pictures.append(sketch)
+    groups = twin_groups([thumbnail(picture) for picture in pictures])
+    assert len(set(groups)) == 60
+
+
+def test_twins_are_found_among_more_pictures_than_one_block():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.cat(
+        [torch.rand(1300, 192, generator=generator) * 255, torch.full((1300, 1), 0.1)], 1
+    )
+    rows = torch.cat([rows, rows + torch.tensor([2.0] * 192 + [0.0])])  # each a little lighter
+    groups = twin_groups(list(rows))
+    assert groups[:1300] == groups[1300:] and len(set(groups)) == 1300
