@@ -9,8 +9,9 @@ compared, relative to the contrast that they have at this size:
 The factor is larger for pictures of less than 64 pixels, which JPEG changes more.
 
 Found are: JPEG from quality 75 (below 64 pixels from 90), WebP from quality 80, GIF, half and
-double the size. Not found are pictures of one colour, other crops, mirrored pictures, and other colours. Pictures that
+double the size. Not found are other crops, mirrored pictures, and other colours. Pictures that
 differ by less than this are taken for twins too; nothing is lost but a free choice of their split.
+Pictures of one colour have no twins.
 
 Letters: n pictures.
 """
@@ -43,7 +44,8 @@ def twin_groups(thumbnails: Sequence[Float[Tensor, " 193"]]) -> list[int]:
     small, tolerance = rows[:, :-1], rows[:, -1]
     mean = small.mean(1)
     contrast = (small - mean[:, None]).square().mean(1).sqrt()
-    reach = (tolerance * contrast + ROUNDING).masked_fill(contrast < ROUNDING, -1)  # of none: flat
+    flat = small.unflatten(1, (3, -1)).std(2).amax(1) < ROUNDING
+    reach = (tolerance * contrast + ROUNDING).masked_fill(flat, -1)
     order = mean.argsort()
     small, mean, reach = small[order], mean[order], reach[order]
     group = list(range(len(rows)))
