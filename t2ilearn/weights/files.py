@@ -82,6 +82,7 @@ def save(directory: str | Path, card: Card, state: Mapping[str, Tensor], half: b
     Raises:
         WeightsError: if a tensor holds NaN or infinity, the name is not a plain file name, or the
             card has a field that `load` would refuse.
+        OSError: for example on a full disk; older weights and their card are then untouched.
     """
     directory = Path(directory)
     name = card.name
@@ -98,8 +99,7 @@ def save(directory: str | Path, card: Card, state: Mapping[str, Tensor], half: b
     )
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.safetensors"
-    write_atomically(path, data)
-    write_atomically(path.with_suffix(".json"), (text + "\n").encode("utf-8"))
+    write_together({path: data, path.with_suffix(".json"): (text + "\n").encode("utf-8")})
     return path
 
 
@@ -269,15 +269,28 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: for example on a full disk; the old file is then untouched.
     """
-    partial = path.with_name(path.name + ".partial")
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files that belong together, each as `write_atomically`: none is replaced before all
+    are on the disk.
+
+    Raises:
+        OSError: for example on a full disk; the old files are then untouched.
+    """
+    partials = {path: path.with_name(path.name + ".partial") for path in files}
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        for path, data in files.items():
+            with open(partials[path], "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, partial in partials.items():
+            os.replace(partial, path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
         raise
 
 
