@@ -217,6 +217,10 @@ def systems() -> None:
 def evaluate(
     system: Annotated[str, typer.Argument(help="One of `t2ilearn systems`, or a run's folder.")],
     n: Annotated[int, typer.Option("--n", help="Pictures of each test set.")] = 500,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="A JSON file for the figures; an evaluation that stopped goes on there."),
+    ] = None,
 ) -> None:
     """Measure a system on the test sets of the worlds that it learned."""
     from t2ilearn.systems import evaluate_system, registry
@@ -224,7 +228,7 @@ def evaluate(
 
     if n < 8:
         raise ValueError(f"An evaluation needs 8 pictures at least, not {n}.")
-    for what, value in evaluate_system(registry.load(system), n=n).items():
+    for what, value in evaluate_system(registry.load(system), n=n, keep=keep).items():
         typer.echo(f"{what}: {figure(value)}")
 
 

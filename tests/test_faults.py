@@ -57,7 +57,7 @@ from t2ilearn.models.transformer import PriorConfig, TransformerPrior
 from t2ilearn.models.vqvae import VQVAE, VQVAEConfig
 from t2ilearn.pretrained.checkpoints import read_checkpoint
 from t2ilearn.pretrained.taming import load_taming
-from t2ilearn.systems import Prompt, Request, evaluate_system, load, token_training
+from t2ilearn.systems import Prompt, Request, evaluate_system, evaluation, load, token_training
 from t2ilearn.systems.diffusion import DiffusionSystem
 from t2ilearn.systems.plan import train_system
 from t2ilearn.systems.tokens import TokenOptions, TokenSystem
@@ -977,3 +977,49 @@ def test_twins_are_found_among_more_pictures_than_one_block():
     rows = torch.cat([rows, rows + torch.tensor([2.0] * 192 + [0.0])])  # each a little lighter
     groups = twin_groups(list(rows))
     assert groups[:1300] == groups[1300:] and len(set(groups)) == 1300
+
+
+# --- long commands -----------------------------------------------------------------------------
+
+
+def test_an_evaluation_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    file, asked = tmp_path / "figures.json", []
+
+    def part(name):
+        def measured(*arguments):
+            asked.append(name)
+            if asked == ["ceiling", "drawn"]:
+                raise KeyboardInterrupt
+            return {f"{name} {len(asked)}": 1.0}
+
+        return measured
+
+    for name in ("ceiling", "drawn"):
+        monkeypatch.setattr(evaluation, f"_{name}", part(name))
+    monkeypatch.setattr(evaluation, "best_of", part("best"))
+    system = load("vqvae-tiny")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_system(system, n=8, keep=file)
+    figures = evaluate_system(system, n=8, keep=file)
+    assert asked == ["ceiling", "drawn", "drawn", "drawn", "best"] and len(figures) == 4
+    assert evaluate_system(system, n=8, keep=file) == figures and len(asked) == 5
+    with pytest.raises(ValueError, match="holds figures of .*name another"):
+        evaluate_system(system, n=9, keep=file)
+    for text in ("", "[]", "{}", '{"parts": 3}'):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="no file of figures"):
+            evaluate_system(system, n=8, keep=file)
+
+
+def test_training_writes_nothing_outside_its_folder(tmp_path, monkeypatch):
+    elsewhere = {name: tmp_path / name for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME")}
+    for name, folder in elsewhere.items():
+        folder.mkdir()
+        monkeypatch.setenv(name, str(folder))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with tiny_systems(n=8):
+        train_system("vqvae", "tiny", tmp_path / "runs", steps=1, progress=False)
+    found = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"runs"}

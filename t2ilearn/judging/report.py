@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from tqdm import tqdm
 
 from t2ilearn.data import CaptionedPictures
 from t2ilearn.data.interface import WorldClass
@@ -172,7 +173,8 @@ def evaluate_tokenizer(
     where there is a judge, what it still reads in reconstructions and how far they are from real
     pictures."""
     pictures = different_pictures(world.test_set(world.test_sets[0], TEST_PICTURES).pictures)
-    indices = torch.cat([model.tokens(part) for part in pictures.split(CHUNK)])
+    parts = tqdm(pictures.split(CHUNK), desc="tokens", unit="batch", delay=2)
+    indices = torch.cat([model.tokens(part) for part in parts])
     size = model.config.codebook_size
     metrics: dict[str, Any] = {
         "codebook usage": round(codebook_usage(indices, size), 4),
@@ -209,7 +211,8 @@ def reconstructed(
     model: ImageTokenizer, pictures: Float[Tensor, "n 3 h w"]
 ) -> Float[Tensor, "n 3 h w"]:
     """Pictures through their tokens and back, clamped to [−1, 1]."""
-    parts = [model.decode_tokens(model.tokens(part)) for part in pictures.split(CHUNK)]
+    chunks = tqdm(pictures.split(CHUNK), desc="reconstructions", unit="batch", delay=2)
+    parts = [model.decode_tokens(model.tokens(part)) for part in chunks]
     return torch.cat(parts).clamp(-1, 1)
 
 
