@@ -3,6 +3,7 @@
 Imports of torch wait until a command needs them, so that `--help` answers at once.
 """
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +45,10 @@ def draw(
         typer.Option(help="A picture to finish: its upper part stays; the caption may be ''."),
     ] = None,
     rows: Annotated[int, typer.Option(help="With --finish: so many of 8 rows stay.")] = 4,
-    out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("drawing.png"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write the picture; else drawing.png, drawing-2.png, …"),
+    ] = None,
 ) -> None:
     """Draw pictures for a caption and say how many show what it states.
 
@@ -54,6 +58,7 @@ def draw(
     from t2ilearn import drawing
     from t2ilearn.systems import registry
 
+    drawing.check_png(out or "drawing.png")
     text, options = caption_and_options(caption)
     how: dict[str, Any] = {
         "system": system,
@@ -71,7 +76,7 @@ def draw(
     else:
         side = registry.load(system).resolution
         drawn = drawing.complete(picture_file(finish, side), text, rows=rows, **how)
-    _report(drawn, out)
+    _report(drawn, out, "drawing.png")
 
 
 def caption_and_options(arguments: list[str]) -> tuple[str, dict[str, str]]:
@@ -121,16 +126,21 @@ def picture_file(path: Path, side: int) -> "Tensor":
 @app.command()
 def redraw(
     file: Annotated[Path, typer.Argument(help="A picture that `draw` wrote.")],
-    out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("redrawn.png"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write the picture; else redrawn.png, redrawn-2.png, …"),
+    ] = None,
 ) -> None:
     """Repeat a drawing from what its file remembers."""
-    from t2ilearn.drawing import redraw as redraw_file
+    from t2ilearn import drawing
 
-    _report(redraw_file(file), out)
+    drawing.check_png(out or "redrawn.png")
+    _report(drawing.redraw(file), out, "redrawn.png")
 
 
-def _report(drawing: "Drawing", out: Path) -> None:
-    drawing.save(out)
+def _report(drawing: "Drawing", out: Path | None, usual: str) -> None:
+    """Save where the user says, else under the usual name or the next free one; say where."""
+    out = drawing.save_new(usual) if out is None else drawing.save(out)
     if sys.stdout.isatty():
         typer.echo(terminal_picture(drawing))
     typer.echo(f"{out}: {drawing.verdict()}.")
@@ -207,6 +217,10 @@ def systems() -> None:
 def evaluate(
     system: Annotated[str, typer.Argument(help="One of `t2ilearn systems`, or a run's folder.")],
     n: Annotated[int, typer.Option("--n", help="Pictures of each test set.")] = 500,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="A JSON file for the figures; an evaluation that stopped goes on there."),
+    ] = None,
 ) -> None:
     """Measure a system on the test sets of the worlds that it learned."""
     from t2ilearn.systems import evaluate_system, registry
@@ -214,7 +228,7 @@ def evaluate(
 
     if n < 8:
         raise ValueError(f"An evaluation needs 8 pictures at least, not {n}.")
-    for what, value in evaluate_system(registry.load(system), n=n).items():
+    for what, value in evaluate_system(registry.load(system), n=n, keep=keep).items():
         typer.echo(f"{what}: {figure(value)}")
 
 
@@ -233,6 +247,9 @@ def weights() -> None:
 
 def main() -> None:
     """Run the command line; errors meant for people are printed without a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a page without "é" or "±" gets "?" there
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app(standalone_mode=False)
     except typer.Exit as stop:

@@ -7,7 +7,7 @@
 | to | call |
 |---|---|
 | draw | `draw`, `draw_steps`, `complete`; `draw_request` for several captions at once |
-| keep a drawing | `Drawing.save`, `redraw` |
+| keep a drawing | `Drawing.save`, `Drawing.save_new`, `redraw` |
 """
 
 import base64
@@ -27,6 +27,7 @@ from torch import Tensor
 from t2ilearn import __version__
 from t2ilearn.data.grammar import ReadCaption
 from t2ilearn.data.interface import CaptionedPictures
+from t2ilearn.data.picture_files import FolderError, load_picture
 from t2ilearn.data.pixels import bytes_from_pictures
 from t2ilearn.judging.alignment import aligned
 from t2ilearn.judging.reader import load_reader
@@ -39,8 +40,9 @@ from t2ilearn.systems.requests import (
     make_request,
     request_from_json,
     request_to_json,
+    whole_number,
 )
-from t2ilearn.weights import WeightsError
+from t2ilearn.weights import WeightsError, check_default_dtype, claim_new, write_atomically
 
 METADATA_KEY = "t2ilearn"
 _ABOUT_FILE = ("weights", "version", "schema")  # what metadata hold beside the request
@@ -83,21 +85,32 @@ class Drawing:
         replaced once the new one is complete.
 
         Raises:
-            OSError: if the file cannot be written.
+            OSError: if the file cannot be written: there is no such folder, or the disk is full.
             ValueError: if its name does not end in .png.
         """
-        path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise ValueError(f"Pictures are saved as .png, not {path.suffix or 'without ending'}.")
+        path = check_png(path)
         info = PngImagePlugin.PngInfo()
         info.add_itxt(METADATA_KEY, json.dumps(self.metadata()))
-        partial = path.with_name(path.name + ".part")
-        try:
-            self.image().save(partial, format="PNG", pnginfo=info)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        buffer = io.BytesIO()
+        self.image().save(buffer, format="PNG", pnginfo=info)
+        write_atomically(path, buffer.getvalue())
         return path
+
+    def save_new(self, path: str | Path) -> Path:
+        """As `save`, but no existing file is replaced: star.png, then star-2.png, and so on.
+
+        Returns:
+            The file that was written.
+
+        Raises:
+            OSError, ValueError: as `save`.
+        """
+        path = claim_new(check_png(path))
+        try:
+            return self.save(path)
+        except BaseException:
+            path.unlink()  # it is still empty
+            raise
 
     def verdict(self) -> str:
         """How many pictures there are, and how many show what the caption states."""
@@ -120,6 +133,21 @@ class Drawing:
             f'src="data:image/png;base64,{data}" style="height:{height}px;'
             f'image-rendering:pixelated"><figcaption>{note}</figcaption></figure>'
         )
+
+
+def check_png(path: str | Path) -> Path:
+    """A file's name as a path.
+
+    Raises:
+        ValueError: if it does not end in .png.
+        FileNotFoundError: if there is no such folder.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"Pictures are saved as .png, not {path.suffix or 'without ending'}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to save {path.name} in.")
+    return path
 
 
 def draw(
@@ -193,7 +221,10 @@ def complete(
         CaptionError, ValueError, WeightsError: as `draw`, and for a picture of another size or
             range, or no row left to draw.
     """
-    loaded = registry.load(system)
+    loaded, rows = registry.load(system), whole_number("number of rows", rows)
+    if not isinstance(picture, Tensor):
+        kind = type(picture).__name__
+        raise ValueError(f"A picture to finish is a tensor of shape (3, H, W), not a {kind}.")
     if picture.ndim != 3:
         raise ValueError(f"One picture is of shape (3, H, W), not {tuple(picture.shape)}.")
     side = loaded.resolution
@@ -248,13 +279,12 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as `redraw`.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no picture {path}.")
     try:
-        with Image.open(path) as image:
-            text = image.info.get(METADATA_KEY)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable picture: {error}.") from None
+        text = load_picture(path).info.get(METADATA_KEY)
+    except FolderError as error:
+        raise ValueError(f"{path} is not a readable picture: it {error}.") from None
     if text is None:
         raise ValueError(f"{path} was not drawn by t2ilearn: it carries no caption and seed.")
     try:
@@ -289,6 +319,7 @@ def draw_request(request: Request) -> Drawing:
     Raises:
         CaptionError, ValueError, WeightsError: as `draw`, and as `check_request`.
     """
+    check_default_dtype()
     system = registry.load(request.system)
     read = check_request(request, system)
     name = request.scorer or system.default_scorer(read)

@@ -29,7 +29,7 @@ class Studio(widgets.VBox):
     """Caption, system, seed and count; Draw, Surprise me and Save; the last drawings.
 
     Args:
-        folder: where Save puts its files, `CAPTION-SEED.png`.
+        folder: where Save puts its files, `CAPTION-SEED.png`; none is overwritten.
     """
 
     def __init__(self, folder: str | Path = "drawings") -> None:
@@ -106,7 +106,7 @@ class Studio(widgets.VBox):
         drawing = self.drawings[-1]
         name = re.sub(r"\W+", "-", drawing.request.caption.lower()).strip("-")[:80]
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = drawing.save(self.folder / f"{name}-{drawing.request.seed}.png")
+        path = drawing.save_new(self.folder / f"{name}-{drawing.request.seed}.png")
         self._say(f"Saved as {path.as_posix()}; t2ilearn redraw repeats it.")
 
 

@@ -245,10 +245,11 @@ def test_binding_counts_which_object_has_which_attribute(monkeypatch):
     reading, reader = Reading(facts, torch.ones(4, dtype=torch.bool)), Reader()
     monkeypatch.setattr(alignment, "read", lambda reader, pictures: reading)
     found = binding(reader, torch.zeros(4, 3, 8, 8), captions)
-    assert found.tolist() == [True, False]
+    assert found.right.tolist() == [True, False] and found.rows.tolist() == [[0], [1]]
     both = "a small solid red star above a large dotted blue ring"
     reading = Reading(torch.tensor([facts_in(both)]), torch.ones(1, dtype=torch.bool))
-    assert binding(reader, torch.zeros(1, 3, 8, 8), [both]).tolist() == [True, True]
+    found = binding(reader, torch.zeros(1, 3, 8, 8), [both])
+    assert found.right.tolist() == [True, True] and found.rows.tolist() == [[0], [0]]
 
 
 # --- the report --------------------------------------------------------------------------------

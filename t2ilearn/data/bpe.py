@@ -22,7 +22,7 @@ from jaxtyping import Int
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from t2ilearn.data.captions import CaptionError
+from t2ilearn.data.captions import CaptionError, check_unicode
 from t2ilearn.models.tokens import END, PAD
 from t2ilearn.weights import ASSETS, write_atomically
 
@@ -67,7 +67,11 @@ class CaptionTokenizer:
 
         Raises:
             ValueError: if the vocabulary has no room for the 256 bytes.
+            CaptionError: if a caption holds half of a Unicode pair.
         """
+        captions = list(captions)
+        for caption in captions:
+            check_unicode(caption)
         if vocabulary < SMALLEST:
             raise ValueError(f"The smallest vocabulary has {SMALLEST} tokens, not {vocabulary}.")
         bpe = tokenizers.Tokenizer(models.BPE())
@@ -101,7 +105,10 @@ class CaptionTokenizer:
 
         Raises:
             CaptionError: if some captions have more than `limit` − 1 tokens; the first are listed.
+                Or if one holds half of a Unicode pair.
         """
+        for caption in captions:
+            check_unicode(caption)
         found = self._bpe.encode_batch(list(captions))
         counts = [len(each.ids) for each in found]
         over = {c: n for c, n in zip(captions, counts, strict=True) if n >= limit}
@@ -155,8 +162,11 @@ class CaptionTokenizer:
         """Token ids of captions, each ended by END and padded with PAD.
 
         Raises:
-            CaptionError: for an empty caption, or one of more than T − 1 tokens.
+            CaptionError: for an empty caption, one of more than T − 1 tokens, or one with half of a
+                Unicode pair.
         """
+        for caption in captions:
+            check_unicode(caption)
         ids = torch.full((len(captions), self.length), PAD, dtype=torch.int64)
         for row, found in enumerate(self._bpe.encode_batch(list(captions))):
             if not found.ids:
@@ -175,6 +185,8 @@ class CaptionTokenizer:
         return self._bpe.decode([i for i in ids if i >= len(SPECIAL)]).strip()
 
     def pieces(self, caption: str) -> list[str]:
-        """How a caption falls apart, for people: blanks shown as they are."""
+        """How a caption falls apart, for people: blanks shown as they are. Raises CaptionError
+        for half of a Unicode pair."""
+        check_unicode(caption)
         ids = self._bpe.encode(caption).ids
         return [self._bpe.decode([i]) for i in ids]

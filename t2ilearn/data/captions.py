@@ -56,6 +56,17 @@ class CaptionError(ValueError):
     """
 
 
+def check_unicode(caption: str) -> None:
+    """Raise CaptionError for text that no file could hold, such as half of a Unicode pair: so a
+    byte that is no UTF-8 reaches a program from the command line."""
+    try:
+        caption.encode("utf-8")
+    except UnicodeEncodeError:
+        raise CaptionError(
+            f"The caption {caption[:40]!r} holds a character that is not valid Unicode."
+        ) from None
+
+
 @dataclass(frozen=True)
 class StatedObject:
     """What a caption says of one object; `None` where it says nothing."""

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+
+from t2ilearn.data.picture_files import load_picture
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "emoji"
 STYLES = ("soft", "flat", "glossy", "outline", "ink")
@@ -56,7 +57,7 @@ def read_index(directory: Path | None = None) -> dict[str, Any]:
             f"The index {path} is missing. Install the package again, or build it with "
             "tools/build_emoji.py."
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EmojiError(f"The index {path} is damaged ({error!r}). {AGAIN}") from None
     if unknown := [style for style in styles if style not in STYLES]:
         raise EmojiError(
@@ -104,8 +105,7 @@ def read_shard(path: Path, shard: dict[str, Any]) -> Iterator[tuple[dict[str, An
                 if member.name.endswith(".json"):
                     facts = json.loads(file.read().decode("utf-8"))
                     continue
-                with Image.open(io.BytesIO(file.read()), formats=["WEBP"]) as picture:
-                    drawing = np.asarray(picture.convert("RGBA"))
+                drawing = np.asarray(load_picture(file.read()).convert("RGBA"))
                 if facts["style"] != shard["style"] or drawing.shape != (DRAWN, DRAWN, 4):
                     raise EmojiError(
                         f"{path} holds a {facts['style']} drawing of shape {drawing.shape} in "

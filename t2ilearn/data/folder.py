@@ -15,7 +15,8 @@ Picture files that decode to the same pixels are one picture, whatever their nam
 the captions of all of them. The SHA-256 of the pixels, read as a number in [0, 1), puts a picture
 into the test split where it is below 0.1. So a picture keeps its split when others join the folder,
 and at every resolution. The smallest number is always in the test split and the largest always in
-the training split.
+the training split. Near twins, such as a picture and its copy saved as JPEG (`near_twins`), are on
+one side: that of the twin whose SHA-256 ends in the smallest number.
 
 Colour profiles are not applied: every picture is read as sRGB.
 
@@ -36,6 +37,7 @@ from tqdm import tqdm
 from t2ilearn.data.caption_tables import Fault, Row, read_table, refuse_faults, shorten
 from t2ilearn.data.captions import CaptionError
 from t2ilearn.data.interface import PictureBatch
+from t2ilearn.data.near_twins import thumbnail, twin_groups
 from t2ilearn.data.picture_files import FolderError, find_picture, read_picture, shrink
 from t2ilearn.data.pixels import pictures_from_bytes
 
@@ -64,7 +66,7 @@ class Folder:
     Raises:
         FolderError: if the folder or its table is missing or unreadable; if rows are bad, all of
             them by line number; or if the pictures would take more than `MEMORY_LIMIT`.
-        ValueError: if the resolution or the shift is out of range.
+        ValueError: if the resolution or the shift is no whole number, or out of range.
     """
 
     name = "folder"
@@ -77,6 +79,9 @@ class Folder:
     reconstruction_sets: tuple[str, ...] = TEST_SETS
 
     def __init__(self, path: str | Path, resolution: int = 64, shift: int = 0) -> None:
+        for name, value in {"resolution": resolution, "shift": shift}.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"The {name} must be a whole number, not {value!r}.")
         if resolution < 16:
             raise ValueError(f"The resolution must be at least 16 pixels, not {resolution}.")
         if not 0 <= shift <= resolution // 8:
@@ -98,6 +103,7 @@ class Folder:
         side = self.resolution + 2 * self.shift
         store = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
         seen: dict[bytes, list[Row]] = {}
+        thumbnails = []
         for path, rows in tqdm(files.items(), desc="pictures", unit="picture", delay=2):
             try:
                 picture = read_picture(path)
@@ -107,6 +113,7 @@ class Folder:
             digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest()
             if digest not in seen:
                 store[len(seen)] = shrink(picture, side)
+                thumbnails.append(thumbnail(picture))
             seen.setdefault(digest, []).extend(rows)
         refuse_faults(self.table, faults)
         # A view with every window that a shift can choose: (m, 3, shifts, shifts, h, w).
@@ -114,7 +121,8 @@ class Folder:
         self._windows = windows.unfold(3, self.resolution, 1)
         rows_of = [sorted(rows) for rows in seen.values()]
         self._captions = [[row.caption for row in rows] for rows in rows_of]
-        self._splits = dict(zip(SPLITS, split_by_content(list(seen)), strict=True))
+        splits = split_by_content(list(seen), twin_groups(thumbnails))
+        self._splits = dict(zip(SPLITS, splits, strict=True))
         self.captions, self.test_captions = (
             [row.caption for row in sorted(row for m in self._splits[split] for row in rows_of[m])]
             for split in SPLITS
@@ -164,8 +172,8 @@ class Folder:
             raise ValueError(f"Unknown split {split!r}; one of {', '.join(SPLITS)}.")
         if not self._splits[split]:
             raise FolderError(
-                f"{self.path} holds one distinct picture, which is in the training split: add a "
-                "second one to have a test split."
+                f"{self.path} holds one distinct picture (or near twins of one), which is in the "
+                "training split: add a second one to have a test split."
             )
         return self._splits[split]
 
@@ -251,16 +259,26 @@ class Folder:
         return self.sample(n, "train", generator=torch.Generator().manual_seed(4500)).pictures
 
 
-def split_by_content(digests: Sequence[bytes]) -> tuple[list[int], list[int]]:
+def split_by_content(
+    digests: Sequence[bytes], groups: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
     """Places of the training pictures and of the test pictures, both in the digests' order.
 
     Args:
         digests: the SHA-256 of each picture; all different.
+        groups: the number of each picture's group, whose members stay together; by default each
+            picture is alone.
     """
     order = sorted(range(len(digests)), key=digests.__getitem__)
-    below = sum(int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 for digest in digests)
-    cut = min(max(below, 1), len(digests) - 1)
-    return order[cut:], order[:cut]
+    groups = range(len(digests)) if groups is None else groups
+    speaker: dict[int, bytes] = {}  # of each group: the digest that ends in the smallest number
+    for digest, group in zip(digests, groups, strict=True):
+        speaker[group] = min(speaker.get(group, digest), digest, key=lambda d: d[::-1])
+    ranked = sorted(speaker, key=speaker.__getitem__)
+    below = sum(int.from_bytes(d[:8], "big") < TEST_SHARE * 2**64 for d in speaker.values())
+    tested = set(ranked[: min(max(below, 1), len(ranked) - 1)])
+    train, test = ([i for i in order if (groups[i] in tested) == side] for side in (False, True))
+    return train, test
 
 
 def _check_memory(files: int, resolution: int, shift: int) -> None:

@@ -1,29 +1,37 @@
 """Picture files as cameras and editors write them → upright RGB on white → a small square of bytes.
 
     find_picture  the name in a table → the path of a file inside the folder
+    load_picture  the file, or its bytes → the picture as it is stored, with the file's texts
     read_picture  the file → an RGB picture in its own size, upright, on white
     shrink        the picture → its central square at the resolution of the model, as bytes
 
 Any size, colour mode and EXIF orientation is accepted. A file that is not one still picture is
 refused with the reason. A picture that is too large is refused by its header, before it is decoded.
+`picture_damage` says which damage is noticed.
 
 Shapes: side is the height and the width of the result, in pixels.
 """
 
+import io
 import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
+
+from t2ilearn.data.picture_damage import damage
 
 SMALLEST_SIDE, LARGEST_SIDE = 8, 20_000  # height and width of a file's picture, in pixels
 MOST_PIXELS = 100_000_000  # in one picture: 300 MB once it is decoded
+MOST_TEXT = 64 * 2**20  # bytes of one text or colour profile in a PNG, unpacked
 
 # Pillow also has decoders that start other programs (EPS) or guess (raw types): they stay out.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
@@ -39,6 +47,14 @@ _UPRIGHT = {  # EXIF 2.32, tag 0x0112: how the camera was held → what turns th
 }
 
 
+_LIMITS: tuple[tuple[ModuleType, str, Any], ...] = (
+    (Image, "MAX_IMAGE_PIXELS", MOST_PIXELS),
+    (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
+    (PngImagePlugin, "MAX_TEXT_CHUNK", MOST_TEXT),
+    (PngImagePlugin, "MAX_TEXT_MEMORY", 4 * MOST_TEXT),  # of all texts together
+)
+
+
 class FolderError(ValueError):
     """A folder of pictures cannot be used. Says what is wrong, in which lines, and what to do."""
 
@@ -51,15 +67,17 @@ def _own_limits() -> Iterator[None]:
     and twice the limit. They are set for one picture at a time; other threads that use Pillow
     meanwhile are under the same limits.
     """
-    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = MOST_PIXELS, False
+    before = [getattr(module, name) for module, name, _ in _LIMITS]
+    for module, name, limit in _LIMITS:
+        setattr(module, name, limit)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     finally:
-        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+        for (module, name, _), value in zip(_LIMITS, before, strict=True):
+            setattr(module, name, value)
 
 
 def find_picture(folder: Path, file: str) -> Path:
@@ -93,28 +111,53 @@ def read_picture(path: Path) -> Image.Image:
     """A file's picture in RGB, upright and on white, in its own size.
 
     Raises:
+        FolderError: as `load_picture`.
+    """
+    image = load_picture(path)
+    with _own_limits(), _reasons(path):
+        picture, turn = _on_white(image), _turn(image)
+        return picture if turn is None else picture.transpose(turn)
+
+
+def load_picture(source: Path | bytes, smallest: int = SMALLEST_SIDE) -> Image.Image:
+    """A picture as its file stores it, decoded, with the file's texts in `info`, wherever in the
+    file they stand. Everything here that reads a picture calls this function.
+
+    Args:
+        source: a file, or the bytes of one.
+        smallest: height and width that are not refused, in pixels.
+
+    Raises:
         FolderError: if the file is not a picture, or the picture is damaged, animated, too small
             or too large; one that is too large is not decoded. The message continues a sentence
             that begins with the file's name.
     """
     Image.init()
-    formats = [name for name in _FORMATS if name in Image.OPEN]  # AVIF only in newer Pillows
+    with _own_limits(), _reasons(source):
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        image = Image.open(io.BytesIO(data), formats=_known_formats())
+        _check_kind(image, smallest)
+        image.load()
+        if reason := damage(data, image.format):
+            raise FolderError(f"is damaged or cut off: {reason}")
+        return image
+
+
+def _known_formats() -> list[str]:
+    """Formats that this Pillow has; AVIF is only in newer ones."""
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+@contextmanager
+def _reasons(source: Path | bytes) -> Iterator[None]:
+    """Whatever Pillow raises within the block, as a `FolderError` with the reason."""
     try:
-        with (
-            _own_limits(),
-            path.open("rb") as file,
-            Image.open(file, formats=formats) as image,
-        ):
-            _check_kind(image)
-            image.load()
-            turn = _turn(image)
-            picture = _on_white(image)
-            return picture if turn is None else picture.transpose(turn)
+        yield
     except FolderError:
         raise
     except UnidentifiedImageError:
-        empty = path.stat().st_size == 0
-        known = ", ".join(formats)
+        empty = not (len(source) if isinstance(source, bytes) else source.stat().st_size)
+        known = ", ".join(_known_formats())
         reason = f"is not a picture ({known}), or only the first bytes of one"
         raise FolderError("is an empty file" if empty else reason) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -122,15 +165,20 @@ def read_picture(path: Path) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise nearly any error for damaged files
         if isinstance(error, OSError) and error.strerror:
             raise FolderError(f"cannot be opened: {error.strerror}") from None
+        if "MAX_TEXT" in str(error):  # as Pillow names its limits
+            most = f"{MOST_TEXT // 2**20} MiB"
+            raise FolderError(
+                f"holds a text or a colour profile of more than {most}; save it without"
+            ) from None
         reason = str(error).rstrip(".") or type(error).__name__
         raise FolderError(f"is damaged or cut off: {reason}") from None
 
 
-def _check_kind(image: Image.Image) -> None:
+def _check_kind(image: Image.Image, smallest: int) -> None:
     """Raise `FolderError` for a size or a kind of picture that is refused, by its header."""
     width, height = image.size
-    if min(width, height) < SMALLEST_SIDE:
-        raise FolderError(f"is {width}×{height} pixels; a side has at least {SMALLEST_SIDE}")
+    if min(width, height) < smallest:
+        raise FolderError(f"is {width}×{height} pixels; a side has at least {smallest}")
     if max(width, height) > LARGEST_SIDE:
         raise FolderError(f"is {width}×{height} pixels; a side has at most {LARGEST_SIDE:,}")
     # A phone's JPEG may hold a second picture, for depth or brightness (MPO): the first is used.

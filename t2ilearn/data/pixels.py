@@ -35,8 +35,14 @@ def bytes_from_pictures(pictures: Float[Tensor, "*batch 3 h w"]) -> UInt8[Tensor
     """v = round(127.5 · (x + 1)), from 0 to 255.
 
     Args:
-        pictures: in [−1, 1]; what lies outside is clamped. They must not hold NaN.
+        pictures: in [−1, 1]; what lies outside is clamped.
+
+    Raises:
+        ValueError: if they are no floating numbers, or hold NaN.
     """
+    if not pictures.is_floating_point() or pictures.isnan().any():
+        what = "hold NaN" if pictures.is_floating_point() else f"are {pictures.dtype}"
+        raise ValueError(f"Pictures are floating numbers in [−1, 1]; these {what}.")
     values = _at_least_float32(pictures.detach()).add(1).mul_(127.5)
     return values.round_().clamp_(0, 255).byte()
 

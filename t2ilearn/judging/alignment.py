@@ -8,7 +8,7 @@ Letters: B pictures, C columns of facts.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -107,7 +107,8 @@ def measured(
             readable, right = _answers(answers, wanted, {column: first})
             each = zip(readable, right, strict=True)
             found[name].append(torch.tensor([can and bool(r) and all(r) for can, r in each]))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    none = torch.zeros(0, dtype=torch.bool)
+    return {name: torch.cat([none, *parts]) for name, parts in found.items()}
 
 
 @torch.no_grad()
@@ -126,9 +127,16 @@ def score(
     return torch.stack(sums)
 
 
+class Binding(NamedTuple):
+    """Whether attributes are at their own objects, and the row of the picture of each answer."""
+
+    right: Bool[Tensor, " m"]
+    rows: Int[Tensor, "m 1"]
+
+
 def binding(
     reader: Reader, pictures: Float[Tensor, "n 3 h w"], captions: Sequence[str | ReadCaption]
-) -> Bool[Tensor, " m"]:
+) -> Binding:
     """Attribute binding: one answer for each pair of colours, or of shapes, that a caption of
     shapes gives to its two objects and that the picture shows. True: each is at its own object;
     False: they are exchanged.
@@ -136,9 +144,9 @@ def binding(
     A model that assigns attributes to objects at random gets half of them right, however sharp
     its pictures are.
     """
-    answers = []
+    answers, rows = [], []
     seen: Int[Tensor, "n 11"] = read(reader, pictures).facts
-    for row, stated in zip(seen.tolist(), facts_of(captions), strict=True):
+    for number, (row, stated) in enumerate(zip(seen.tolist(), facts_of(captions), strict=True)):
         said = dict(stated)  # column of FIELDS → value
         for name in ("colour", "shape"):
             columns = [FIELDS.index(f"{name}_{slot}") for slot in (1, 2)]
@@ -146,4 +154,6 @@ def binding(
             found = [row[column] for column in columns]
             if wanted[0] != wanted[1] and found in (wanted, wanted[::-1]):
                 answers.append(found == wanted)
-    return torch.tensor(answers, dtype=torch.bool)
+                rows.append([number])
+    numbers = torch.tensor(rows, dtype=torch.int64).reshape(-1, 1)
+    return Binding(torch.tensor(answers, dtype=torch.bool), numbers)

@@ -27,8 +27,10 @@ from torch import Tensor
 from t2ilearn.data import CaptionedPictures, Emoji, Shapes, TinyShapes, parse
 from t2ilearn.data.captions import INVERSE, TEMPLATES, Stated, describe
 from t2ilearn.data.emoji_captions import describe_emoji
+from t2ilearn.judging.counting import NO_OTHER
 from t2ilearn.judging.report import CHUNK, share
 from t2ilearn.models.clip import CLIP
+from t2ilearn.models.layers import check_pictures
 
 RETRIEVED = 1000  # pictures, and as many captions
 _DRAWS = 2  # times as many scenes are drawn, since some come twice
@@ -39,7 +41,12 @@ Encode = Callable[[list[str]], Int[Tensor, "b t"]]  # captions → token ids
 
 @torch.no_grad()
 def embed_pictures(model: CLIP, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-    """Embeddings of length 1, in chunks; pictures of another size are resized."""
+    """Embeddings of length 1, in chunks; pictures of another size are resized.
+
+    Raises:
+        ValueError: for pictures of another shape or type, NaN, or values outside [−1, 1].
+    """
+    check_pictures(pictures)
     side = model.image_tower.config.resolution
     parts = []
     for part in pictures.split(CHUNK):
@@ -103,20 +110,22 @@ def evaluate_clip(
 def retrieval(
     model: CLIP, encode: Encode, world: CaptionedPictures, name: str, n: int
 ) -> dict[str, Any]:
-    """R@1 both ways among at most n different scenes of a test set, each with its full caption."""
+    """R@1 both ways among at most n different scenes of a test set, each with its full caption.
+    Pictures with one caption are each other's partners, too."""
     scenes, captions = world.test_scenes(name, _DRAWS * n)
     groups = world.groups(name, _DRAWS * n)
     kept = first_of_each(scenes)[:n]
     captions = [captions[row] for row in kept.tolist()]
     pictures = world.pictures(scenes[kept], torch.Generator().manual_seed(6000))
     image, text = embed_pictures(model, pictures), embed_captions(model, encode, captions)
-    cosine, right = image @ text.T, torch.arange(len(kept))
-    belong = None if groups is None else groups[kept]
-    return {
-        f"{world.label}R@1, caption of a picture, {name}": share(cosine.argmax(1) == right, belong),
-        f"{world.label}R@1, picture of a caption, {name}": share(cosine.argmax(0) == right, belong),
-        f"{world.label}candidates, {name}": len(kept),
-    }
+    cosine, belong = image @ text.T, None if groups is None else groups[kept]
+    metrics: dict[str, Any] = {}
+    for what, dim in (("caption of a picture", 1), ("picture of a caption", 0)):
+        best = cosine.argmax(dim).tolist()
+        right = torch.tensor([captions[i] == own for i, own in zip(best, captions, strict=True)])
+        enough = len(set(captions)) > 1
+        metrics[f"{world.label}R@1, {what}, {name}"] = share(right, belong) if enough else NO_OTHER
+    return {**metrics, f"{world.label}candidates, {name}": len(kept)}
 
 
 def first_of_each(scenes: Int[Tensor, "n facts"]) -> Int[Tensor, " m"]:

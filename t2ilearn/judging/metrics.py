@@ -11,14 +11,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from t2ilearn.models.layers import check_finite
+
+LARGEST_VALUE = 16  # of a picture: what is larger has another scale
+
 
 def _checked(features: Tensor, name: str, least: int = 2) -> Tensor:
     if features.ndim != 2 or len(features) < least:
         raise ValueError(
             f"{name} must have shape (N, D) with N ≥ {least}, not {tuple(features.shape)}."
         )
-    if not torch.isfinite(features).all():
-        raise ValueError(f"{name} hold NaN or infinity.")
+    check_finite(name, features)
     return features.double()
 
 
@@ -30,25 +33,32 @@ def _pair(real: Tensor, fake: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
     return real, fake
 
 
-def _root(matrix: Tensor) -> Tensor:
-    """The symmetric square root of a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+def _spread(features: Tensor) -> Tensor:
+    """R, triangular or wide, with Rᵀ R = the covariance of the features."""
+    centred = features - features.mean(0)
+    return torch.linalg.qr(centred, mode="r").R / (len(features) - 1) ** 0.5
 
 
 def frechet_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"]) -> float:
     """‖μ − ν‖² + tr(A + B − 2 (A^½ B A^½)^½) of two Gaussians (Heusel 2017, Eq. 6), in float64.
 
-    A^½ B A^½ is symmetric, so that its eigenvalues are real even with fewer samples than
-    features; the usual (A B)^½ gets complex roots there.
+    With A = Rᵀ R and B = Sᵀ S, the trace of the last root is the sum of the singular values of
+    R Sᵀ. No root of an eigenvalue is taken, whose rounding errors around 0 would add up where
+    there are fewer samples than features; (A B)^½ even gets complex roots there.
+
+    Returns:
+        At least 0, with an error of at most 1e-12 (‖μ − ν‖² + tr A + tr B) and the rounding of
+        features far from 0.
+
+    Raises:
+        ValueError: for fewer than two samples, features of different sizes, or NaN.
     """
     real, fake = _pair(real, fake)
-    a, b = torch.cov(real.T), torch.cov(fake.T)
-    a, b = torch.atleast_2d(a), torch.atleast_2d(b)
-    half = _root(a)
-    cross = torch.linalg.eigvalsh(half @ b @ half).clamp(min=0).sqrt().sum()
+    r, s = _spread(real), _spread(fake)  # (min(n, D), D) and (min(m, D), D)
+    cross = torch.linalg.svdvals(r @ s.T).sum()
     shift = (real.mean(0) - fake.mean(0)).square().sum()
-    return float(shift + a.trace() + b.trace() - 2 * cross)
+    distance = shift + r.square().sum() + s.square().sum() - 2 * cross
+    return max(0.0, float(distance))
 
 
 def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"]) -> float:
@@ -89,6 +99,8 @@ def precision_recall(
 
 def index_counts(indices: Int[Tensor, "..."], size: int) -> Float[Tensor, " k"]:
     """How often each of `size` indices occurs. Raises ValueError if one is not 0 … size − 1."""
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"Indices are whole numbers, not {indices.dtype}.")
     if indices.numel() == 0 or indices.min() < 0 or indices.max() >= size:
         raise ValueError(f"Indices must be 0 … {size - 1}, and at least one.")
     return torch.bincount(indices.flatten(), minlength=size).double()
@@ -103,13 +115,22 @@ def perplexity(indices: Int[Tensor, "..."], size: int) -> float:
     """exp of the entropy of the indices over the whole set; `size` if all are equally frequent."""
     p = index_counts(indices, size)
     p = p / p.sum()
-    return float(torch.special.entr(p).sum().exp())
+    return min(float(size), float(torch.special.entr(p).sum().exp()))
 
 
 def psnr(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Peak signal-to-noise ratio in dB for each picture in [−1, 1] (peak to peak 2)."""
+    """Peak signal-to-noise ratio in dB for each picture in [−1, 1] (peak to peak 2).
+
+    Raises:
+        ValueError: for pictures of different shapes, NaN, or values on another scale, such as that
+            of bytes; a reconstruction may leave [−1, 1] a little.
+    """
     if a.shape != b.shape:
         raise ValueError(f"Pictures of different shapes: {tuple(a.shape)}, {tuple(b.shape)}.")
+    check_finite("Pictures", a)
+    check_finite("Pictures", b)
+    if a.numel() and (most := max(a.abs().max().item(), b.abs().max().item())) > LARGEST_VALUE:
+        raise ValueError(f"Pictures lie in [−1, 1]; these reach {most:.3g}.")
     return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)).clamp(min=1e-12))
 
 

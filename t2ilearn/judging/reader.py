@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from t2ilearn import weights
 from t2ilearn.data.shapes import CHOICES, FIELDS
-from t2ilearn.models.layers import ResidualBlock
+from t2ilearn.models.layers import ResidualBlock, check_dtype, check_pictures
 
 UNREADABLE = 2  # the count classifier's answer for pictures that show no scene
 
@@ -78,6 +78,7 @@ class Reader(nn.Module):
         """The feature maps of each level, finest first: a perceptual distance compares them."""
         if pictures.ndim != 4 or pictures.shape[1] != 3:
             raise ValueError(f"Pictures have shape (B, 3, H, W), not {tuple(pictures.shape)}.")
+        check_dtype(pictures, self.heads.weight)
         side = self.config.resolution
         x = pictures
         if x.shape[-2:] != (side, side):
@@ -89,12 +90,17 @@ class Reader(nn.Module):
         return maps
 
     def features(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """What metrics compare: the last layer before the answers."""
+        """What metrics compare: the last layer before the answers. Raises as `forward` does."""
+        check_pictures(pictures)
         x = F.silu(self.narrow(self.trunk(pictures)[-1]))
         return F.silu(self.project(x.flatten(1)))
 
     def forward(self, pictures: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _"]]:
-        """Logits of every attribute, in the order of the world's `FIELDS`."""
+        """Logits of every attribute, in the order of the world's `FIELDS`.
+
+        Raises:
+            ValueError: for pictures of another shape or type, NaN, or values outside [−1, 1].
+        """
         answers = list(self.config.answers)
         return list(self.heads(self.features(pictures)).split(answers, dim=1))
 

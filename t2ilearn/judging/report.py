@@ -20,11 +20,19 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from tqdm import tqdm
 
 from t2ilearn.data import CaptionedPictures
 from t2ilearn.data.interface import WorldClass
 from t2ilearn.data.pixels import bytes_from_pictures, pictures_from_bytes
 from t2ilearn.judging.alignment import measured
+from t2ilearn.judging.counting import (
+    NO_OTHER,
+    different_pictures,
+    mean_of_pictures,
+    other_captions,
+    picture_numbers,
+)
 from t2ilearn.judging.metrics import (
     Interval,
     bootstrap,
@@ -128,14 +136,15 @@ def report_reader(
 ) -> dict[str, Any]:
     """Shares of real pictures read right: ceiling, floor, and under damage."""
     metrics: dict[str, Any] = {}
-    generator = torch.Generator().manual_seed(1)
-    order = torch.randperm(len(captions), generator=generator).tolist()
-    shuffled = [captions[number] for number in order]
+    others = other_captions(captions)
     for name, version in damaged(pictures).items():
         for what, right in measured(reader, version, captions, world).items():
             metrics[_named(what, name)] = share(right)
-    for what, right in measured(reader, pictures, shuffled, world).items():
-        metrics[_named(what, "floor (captions shuffled)")] = share(right)
+    shuffled = [captions[other] for other in others.values()]
+    for what, right in measured(reader, pictures[list(others)], shuffled, world).items():
+        figure = share(right) if others else NO_OTHER
+        metrics[_named(what, "floor (captions shuffled)")] = figure
+    generator = torch.Generator().manual_seed(1)
     logits = reader(junk(pictures, generator))[0]
     metrics["junk called readable"] = share(logits[:, :-1].amax(1) >= logits[:, -1])
     return metrics
@@ -163,8 +172,9 @@ def evaluate_tokenizer(
     """Codebook usage and perplexity over test pictures of all worlds; for each world PSNR, and,
     where there is a judge, what it still reads in reconstructions and how far they are from real
     pictures."""
-    pictures = world.test_set(world.test_sets[0], TEST_PICTURES).pictures
-    indices = torch.cat([model.tokens(part) for part in pictures.split(CHUNK)])
+    pictures = different_pictures(world.test_set(world.test_sets[0], TEST_PICTURES).pictures)
+    parts = tqdm(pictures.split(CHUNK), desc="tokens", unit="batch", delay=2)
+    indices = torch.cat([model.tokens(part) for part in parts])
     size = model.config.codebook_size
     metrics: dict[str, Any] = {
         "codebook usage": round(codebook_usage(indices, size), 4),
@@ -176,15 +186,16 @@ def evaluate_tokenizer(
 
 
 def _reconstructions(model: ImageTokenizer, world: CaptionedPictures, n: int) -> dict[str, Any]:
-    generator, metrics = torch.Generator().manual_seed(0), dict[str, Any]()
+    metrics: dict[str, Any] = {}
     sets = world.reconstruction_sets or world.test_sets[:1]
     for name in sets:
         suffix = f", {name}" if len(sets) > 1 else ""
         real = world.test_set(name, n)
         back = reconstructed(model, real.pictures)
-        each = psnr(back, real.pictures)
-        interval = bootstrap(lambda x: x.mean().item(), each, generator=generator)
-        metrics[f"{world.label}PSNR, dB{suffix}"] = rounded(interval, 2)
+        numbers, generator = picture_numbers(real.pictures), torch.Generator().manual_seed(0)
+        metrics[f"{world.label}PSNR, dB{suffix}"] = mean_of_pictures(
+            psnr(back, real.pictures), numbers, generator, 2
+        )
         if world.judge is None:
             continue
         judge, groups = load_reader(world.judge), world.groups(name, n)
@@ -200,7 +211,8 @@ def reconstructed(
     model: ImageTokenizer, pictures: Float[Tensor, "n 3 h w"]
 ) -> Float[Tensor, "n 3 h w"]:
     """Pictures through their tokens and back, clamped to [−1, 1]."""
-    parts = [model.decode_tokens(model.tokens(part)) for part in pictures.split(CHUNK)]
+    chunks = tqdm(pictures.split(CHUNK), desc="reconstructions", unit="batch", delay=2)
+    parts = [model.decode_tokens(model.tokens(part)) for part in chunks]
     return torch.cat(parts).clamp(-1, 1)
 
 
@@ -227,7 +239,7 @@ def distances(
         kernel = bootstrap(kernel_distance, a, b, generator=generator, rounds=20)
         name = f"{world.label}Fréchet distance in reader features{ending}"
         metrics |= {
-            name: rounded(frechet),
+            name: rounded(frechet._replace(low=max(0.0, frechet.low))),
             f"{world.label}kernel distance{ending}": rounded(kernel),
             f"{world.label}precision{ending}": round(precision, 4),
             f"{world.label}recall{ending}": round(recall, 4),

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .layers import GROUPS, at_least_float32, check_pictures
+from .layers import GROUPS, at_least_float32, check_dtype, check_ids, check_pictures
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,11 @@ class Encoder(nn.Sequential):
         layers += [nn.GroupNorm(GROUPS, before), nn.SiLU()]
         layers.append(nn.Conv2d(before, outputs or config.code_dim, 1))
         super().__init__(*layers)
+
+    def forward(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b _ h w"]:
+        """z of each picture. Raises ValueError for numbers of another type than the weights."""
+        check_dtype(x, self[0].weight)  # type: ignore[arg-type]
+        return super().forward(x)
 
 
 class Decoder(nn.Sequential):
@@ -258,13 +263,15 @@ class ImageTokenizer(nn.Module):
         """Tokens row by row → pictures, not clamped.
 
         Raises:
-            ValueError: if their number is not h · w, or one is outside 0 … K − 1.
+            ValueError: if their number is not h · w, one is outside 0 … K − 1, or they are not
+                whole numbers.
         """
         side, last = self.config.side, self.config.codebook_size - 1
         if indices.ndim != 2 or indices.shape[1] != side**2:
             raise ValueError(
                 f"A picture has {side}² tokens: (B, {side**2}), not {tuple(indices.shape)}."
             )
+        check_ids("Tokens", indices)
         if indices.numel() and not 0 <= indices.min() <= indices.max() <= last:
             wrong = f"{indices.min().item()} … {indices.max().item()}"
             raise ValueError(f"Tokens are numbers from 0 to {last}; these are {wrong}.")

@@ -27,7 +27,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .distributed import gather_with_gradient, own_rank
-from .layers import QuickGELU, TransformerBlock, at_least_float32, check_pictures
+from .layers import (
+    QuickGELU,
+    TransformerBlock,
+    at_least_float32,
+    check_dtype,
+    check_ids,
+    check_pictures,
+)
 from .tokens import END
 
 START_SCALE = math.log(1 / 0.07)  # of t: "initialized to the equivalent of 0.07" (section 2.5)
@@ -226,6 +233,7 @@ class TextTower(nn.Module):
                 f"Captions have 1 … {length} tokens: (B, T ≤ {length}), not "
                 f"{tuple(captions.shape)}."
             )
+        check_ids("Text tokens", captions)
         if captions.numel() and not 0 <= captions.min() <= captions.max() <= last:
             wrong = f"{captions.min().item()} … {captions.max().item()}"
             raise ValueError(f"Text tokens are numbers from 0 to {last}; these are {wrong}.")
@@ -293,6 +301,7 @@ class CLIP(nn.Module):
             ValueError: for pictures of another size, or with values outside [−1, 1].
         """
         check_pictures(pictures, self.image_tower.config.resolution)
+        check_dtype(pictures, self.image_tower.patches.weight)
         return unit_length(self.image_tower(pictures))
 
     def encode_text(self, captions: Int[Tensor, "b t"]) -> Float[Tensor, "b e"]:

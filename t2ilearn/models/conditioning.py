@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .layers import TransformerBlock, at_least_float32
+from .layers import TransformerBlock, at_least_float32, check_ids
 from .tokens import PAD
 
 INIT_STD = 0.5  # of token and position embeddings alike
@@ -147,6 +147,7 @@ def check_captions(caption: Tensor, vocabulary: int, length: int) -> None:
     """Raise ValueError unless these are captions: (B, T) ids of text tokens, none all padding."""
     if caption.ndim != 2 or caption.shape[1] != length:
         raise ValueError(f"Captions have shape (B, {length}), not {tuple(caption.shape)}.")
+    check_ids("Text tokens", caption)
     if not len(caption):
         return
     low, high = (end.item() for end in caption.aminmax())

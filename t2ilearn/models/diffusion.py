@@ -42,7 +42,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .layers import at_least_float32
+from .layers import at_least_float32, check_finite
 
 TARGETS = ("eps", "x0", "v")  # what a network may predict
 SMALLEST_DISTANCE = 0.05  # of 1 − t in JiT's loss: its weight is at most 1 / 0.05²
@@ -171,7 +171,12 @@ Process = VariancePreserving | RectifiedFlow
 def q_sample(
     x: Float[Tensor, "b *shape"], t: Tensor, process: Process, noise: Float[Tensor, "b *shape"]
 ) -> Float[Tensor, "b *shape"]:
-    """z_t = a x + b ε, in one step from any picture to any time (Ho et al. 2020, Eq. 4)."""
+    """z_t = a x + b ε, in one step from any picture to any time (Ho et al. 2020, Eq. 4).
+
+    Raises:
+        ValueError: for pictures that are no floating numbers, NaN, or a time out of range.
+    """
+    check_finite("Pictures", x)
     mix = process.mix(t).like(x)
     return mix.a * x + mix.b * noise
 

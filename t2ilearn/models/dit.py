@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .conditioning import TextEncoder, TimeEmbedding
-from .layers import Attention, at_least_float32
+from .layers import Attention, at_least_float32, check_finite, check_mixtures
 
 HEAD_DIM = 32  # numbers of a vector that one attention head sees
 TIME_SCALE = 1000.0  # t goes from 0 to 1, and the waves of its embedding are made for 0 … 1000
@@ -171,8 +171,8 @@ class DiT(nn.Module):
             caption: token ids; `tokens.null_caption` for none.
 
         Raises:
-            ValueError: for mixtures of another size, another number of times or captions, or
-                captions that are none.
+            ValueError: for mixtures of another size or type, NaN, another number of times or
+                captions, or captions that are none.
         """
         self._check(z, t, caption)
         text = self.text(caption)
@@ -205,13 +205,13 @@ class DiT(nn.Module):
 
     def _check(self, z: Tensor, t: Tensor, caption: Tensor) -> None:
         side = self.config.resolution
-        if tuple(z.shape[1:]) != (3, side, side):
-            raise ValueError(f"Pictures have shape (B, 3, {side}, {side}), not {tuple(z.shape)}.")
+        check_mixtures(z, self.patches.weight, side)
         if t.shape != z.shape[:1] or len(caption) != len(z):
             raise ValueError(
                 f"{len(z)} pictures need as many times and captions, not {tuple(t.shape)} times "
                 f"and {len(caption)} captions."
             )
+        check_finite("Times", t)
 
 
 def sincos_2d(side: int, dim: int) -> Float[Tensor, "n {dim}"]:

@@ -40,7 +40,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .autoencoder import AutoencoderConfig, Decoder, Encoder, ImageTokenizer
-from .layers import at_least_float32
+from .layers import LEAST_TEMPERATURE, at_least_float32
 
 EPSILON = 0.1  # ε: keeps the logit of a black or white pixel finite
 MIN_LOG_SCALE = math.log(1 / 4)  # of ln b: some 20 of 255 grey levels
@@ -81,10 +81,11 @@ def gumbel_softmax(
         hard: straight through: the one-hot value of the largest entry, the gradient of y.
 
     Raises:
-        ValueError: if τ is not above 0.
+        ValueError: if τ is not above 0, or so small that numbers overflow.
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"The Gumbel-softmax's temperature must be above 0, not {temperature}.")
+    if not LEAST_TEMPERATURE <= temperature < math.inf:
+        least = f"above 0, not {temperature}, and at least {LEAST_TEMPERATURE:f}"
+        raise ValueError(f"The Gumbel-softmax's temperature must be {least}.")
     y = ((at_least_float32(logits) + noise) / temperature).softmax(1)
     if hard:
         one_hot = torch.zeros_like(y).scatter(1, y.argmax(1, keepdim=True), 1.0)

@@ -1,4 +1,4 @@
-"""Layers that several chapters share, and two guards: of float32, and of what is a picture.
+"""Layers that several chapters share, and guards: of float32, and of what is a picture or a token.
 
 Papers: residual blocks with the normalisation first (He et al. 2016b), group norm (Wu & He 2018),
 SiLU and GELU (Hendrycks & Gimpel 2016), attention (Vaswani et al. 2017), Transformer blocks with
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 GROUPS = 8  # of group norms, unless stated otherwise: channels are multiples of it
 RANGE_TOLERANCE = 1e-3  # pixels may leave [−1, 1] by this much
+LEAST_TEMPERATURE = 1e-6  # above 0: logits divided by less overflow in float32
 
 
-# --- two guards --------------------------------------------------------------------------------
+# --- guards ------------------------------------------------------------------------------------
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -68,6 +69,47 @@ def check_pictures(x: Tensor, resolution: int | None = None, multiple_of: int = 
             f"Pixels go from −1 to 1; these go from {low:.3g} to {high:.3g}. "
             "Bytes become pixels by x / 127.5 − 1."
         )
+
+
+def check_dtype(x: Tensor, weight: Tensor) -> None:
+    """Check that numbers have the type of the weights that take them, or autocast is on.
+
+    Raises:
+        ValueError: for another type, with the cure.
+    """
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"These are {x.dtype}, and the weights of the model are {weight.dtype}: give "
+            f"x.to(torch.{kind}), or convert the model by model.to({x.dtype})."
+        )
+
+
+def check_mixtures(z: Tensor, weight: Tensor, resolution: int) -> None:
+    """Check that a tensor is a batch of pictures and noise: (B, 3, H, W), of any finite numbers.
+
+    Raises:
+        ValueError: for another shape or type, NaN or infinity.
+    """
+    if z.ndim != 4 or tuple(z.shape[1:]) != (3, resolution, resolution):
+        size = f"(B, 3, {resolution}, {resolution})"
+        raise ValueError(f"Pictures have shape {size}, not {tuple(z.shape)}.")
+    check_dtype(z, weight)
+    check_finite("Pictures", z)
+
+
+def check_finite(what: str, x: Tensor) -> None:
+    """Raise ValueError unless these are floating numbers without NaN and infinity."""
+    if not x.is_floating_point():
+        raise ValueError(f"{what} are floating numbers, not {x.dtype}.")
+    if not x.detach().isfinite().all():
+        raise ValueError(f"{what} hold NaN or infinity.")
+
+
+def check_ids(what: str, ids: Tensor) -> None:
+    """Raise ValueError unless these are whole numbers of a type that can look up token vectors."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{what} are whole numbers as torch.int64, not {ids.dtype}.")
 
 
 # --- convolutions ------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .layers import at_least_float32
+from .layers import at_least_float32, check_dtype
 
 Trunk = Callable[[Tensor], Sequence[Tensor]]  # (B, 3, H, W) → feature maps, finest first
 
@@ -95,7 +95,12 @@ class VGGTrunk(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
-        """Feature maps of the five levels, finest first."""
+        """Feature maps of the five levels, finest first.
+
+        Raises:
+            ValueError: for numbers of another type than the weights.
+        """
+        check_dtype(x, self.mean)
         x, maps = (x - self.mean) / self.spread, []
         for level in self.levels:
             x = level(x)

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .layers import LEAST_TEMPERATURE
 from .tokens import null_caption
 from .transformer import Prior, PriorConfig
 
@@ -41,7 +42,13 @@ def sample_from_logits(
         top_k: only the k likeliest tokens may be sampled.
         top_p: only the smallest set of likeliest tokens whose probabilities reach p together may be
             sampled (nucleus sampling); at least one.
+
+    Raises:
+        ValueError: for an argument outside its range, or logits that hold NaN.
     """
+    check_options(logits.shape[1], temperature, top_k, top_p)
+    if logits.isnan().any():
+        raise ValueError("The logits hold NaN: the model, or what it was given, is damaged.")
     if temperature == 0:
         return logits.argmax(1)
     logits = (logits - logits.amax(1, keepdim=True)).float() / temperature  # ≤ 0: no overflow
@@ -115,14 +122,26 @@ def check_sampling(
     guidance_scale: float,
 ) -> None:
     """Raise ValueError if tokens cannot be sampled with these options."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"The temperature must be 0 (greedy) or more, not {temperature}.")
-    if top_k is not None and not 1 <= top_k <= config.codebook_size:
-        raise ValueError(f"top-k must be 1 … {config.codebook_size}, not {top_k}.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top-p must be in (0, 1], not {top_p}.")
+    check_options(config.codebook_size, temperature, top_k, top_p)
     if not 0 <= guidance_scale < math.inf:
         raise ValueError(f"The guidance scale must be 0 or more, not {guidance_scale}.")
+
+
+def check_options(
+    codebook_size: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """Raise ValueError for an option of `sample_from_logits` that is out of range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"The temperature must be 0 (greedy) or more, not {temperature}.")
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"The temperature {temperature:g} is so small that logits overflow: take 0 (greedy) or "
+            f"at least {LEAST_TEMPERATURE:f}."
+        )
+    if top_k is not None and not 1 <= top_k <= codebook_size:
+        raise ValueError(f"top-k must be 1 … {codebook_size}, not {top_k}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top-p must be in (0, 1], not {top_p}.")
 
 
 def sample(

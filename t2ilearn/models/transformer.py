@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .layers import KVCache, TransformerBlock
+from .layers import KVCache, TransformerBlock, check_ids
 from .tokens import PAD, null_caption
 
 INIT_STD = 0.02  # standard deviation of all weights at the start (GPT-2)
@@ -153,6 +153,7 @@ class Prior(nn.Module):
                 f"A picture has at most {length} tokens: (B, N ≤ {length}), not "
                 f"{tuple(indices.shape)}."
             )
+        check_ids("Tokens", indices)
         if indices.numel() and not 0 <= indices.min() <= indices.max() <= last:
             wrong = f"{indices.min().item()} … {indices.max().item()}"
             raise ValueError(f"Tokens are numbers from 0 to {last}; these are {wrong}.")
@@ -166,6 +167,7 @@ class Prior(nn.Module):
             return
         if caption.ndim != 2 or caption.shape[1] != length:
             raise ValueError(f"Captions have shape (B, {length}), not {tuple(caption.shape)}.")
+        check_ids("Text tokens", caption)
         if caption.numel():
             if not 0 <= caption.min() <= caption.max() <= last:
                 worst = caption.max().item() if caption.max() > last else caption.min().item()

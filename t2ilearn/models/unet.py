@@ -36,7 +36,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .conditioning import TextEncoder, TextTokens, TimeEmbedding
-from .layers import Attention, ResidualBlock, attend, group_norm
+from .layers import (
+    Attention,
+    ResidualBlock,
+    attend,
+    check_finite,
+    check_mixtures,
+    group_norm,
+)
 
 HEAD_DIM = 32  # channels that one attention head sees
 
@@ -247,9 +254,9 @@ class UNet(nn.Module):
             low_t: the time up to which it was added.
 
         Raises:
-            ValueError: for pictures of another size, another number of times or captions, captions
-                that are none, or small pictures where there should be none, or none where there
-                should be some.
+            ValueError: for pictures of another size or type, NaN, another number of times or
+                captions, captions that are none, or small pictures where there should be none, or
+                none where there should be some.
         """
         self._check(z, t, caption, low, low_t)
         time, text = self.time(t), self.text(caption)
@@ -280,13 +287,13 @@ class UNet(nn.Module):
         low_t: Tensor | None,
     ) -> None:
         side, low_side = self.config.resolution, self.config.low_resolution
-        if tuple(z.shape[1:]) != (3, side, side):
-            raise ValueError(f"Pictures have shape (B, 3, {side}, {side}), not {tuple(z.shape)}.")
+        check_mixtures(z, self.first.weight, side)
         if t.shape != z.shape[:1] or len(caption) != len(z):
             raise ValueError(
                 f"{len(z)} pictures need as many times and captions, not {tuple(t.shape)} times "
                 f"and {len(caption)} captions."
             )
+        check_finite("Times", t)
         if (low is None) != (low_side == 0) or (low_t is None) != (low_side == 0):
             kind = "enlarges small pictures: give low and low_t" if low_side else "takes no low"
             raise ValueError(f"This U-Net {kind}.")
@@ -297,3 +304,5 @@ class UNet(nn.Module):
                     f"Small pictures have shape {wanted} and a time each, not {tuple(low.shape)} "
                     f"and {tuple(low_t.shape)}."
                 )
+            check_mixtures(low, self.first.weight, low_side)
+            check_finite("Times", low_t)

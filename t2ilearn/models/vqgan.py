@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .layers import at_least_float32
+from .layers import at_least_float32, check_dtype
 from .vqvae import VQVAE, VQVAEOutput
 
 DELTA = 1e-4  # keeps λ finite where the generator loss has no gradient
@@ -93,7 +93,7 @@ class Discriminator(nn.Sequential):
     picture, so the discriminator judges local texture and not the arrangement of things.
 
     Raises:
-        ValueError: for pictures smaller than a few patches.
+        ValueError: for pictures smaller than a few patches, or of another type than the weights.
     """
 
     def __init__(self, config: DiscriminatorConfig) -> None:
@@ -122,6 +122,7 @@ class Discriminator(nn.Sequential):
                 f"This discriminator takes pictures (B, 3, H, W) with sides of at least {least}, "
                 f"not {tuple(x.shape)}."
             )
+        check_dtype(x, self[0].weight)  # type: ignore[arg-type]
         return super().forward(x)
 
     def with_frozen_weights(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 _ _"]:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2ilearn.weights import WeightsError
+from t2ilearn.weights import WeightsError, without_wrappers
 
 STUBBED = {  # module → names in it
     "pytorch_lightning.callbacks.early_stopping": "EarlyStopping",
@@ -95,7 +95,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         path: a `.ckpt`, `.pth` or `.pt` file of PyTorch 1.6 or later.
 
     Returns:
-        The tensors of its `state_dict`, or, if it has none, those at its top, on the CPU.
+        The tensors of its `state_dict`, or, if it has none, those at its top, on the CPU. What
+        data-parallel training and torch.compile put before names is taken off.
 
     Raises:
         WeightsError: if the file is missing, truncated, damaged, of another kind, without tensors,
@@ -196,7 +197,7 @@ def _tensors(content: Any, sizes: set[int]) -> dict[str, Tensor]:
     """The named tensors of a checkpoint's content, no longer mapped to its file."""
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {
-        name: check_tensor(name, tensor, sizes).clone()
+        without_wrappers(name): check_tensor(name, tensor, sizes).clone()
         for name, tensor in (state.items() if isinstance(state, dict) else ())
         if isinstance(name, str) and isinstance(tensor, Tensor)
     }

@@ -29,7 +29,13 @@ from torch import Tensor
 from t2ilearn.models.clip import CLIP, ImageTowerConfig, TextTowerConfig
 from t2ilearn.pretrained.checkpoints import is_torchscript, read_checkpoint
 from t2ilearn.pretrained.torchscript import read_torchscript
-from t2ilearn.weights import WeightsError, check_state, read_tensors
+from t2ilearn.weights import (
+    WeightsError,
+    check_default_dtype,
+    check_state,
+    read_tensors,
+    without_wrappers,
+)
 
 # Mean and standard deviation of red, green and blue over OpenAI's training pictures.
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -119,6 +125,7 @@ def load_clip(path: str | Path, name: str = "ViT-B-32") -> CLIP:
         raise WeightsError(
             f"No released CLIP is called {name!r}. There are: {', '.join(RELEASED)}."
         )
+    check_default_dtype()
     owner = f"{name!r}; {path} is a checkpoint of another configuration"
     return clip_from_state(read_released(Path(path)), *RELEASED[name], owner)
 
@@ -130,10 +137,8 @@ def read_released(path: Path) -> dict[str, Tensor]:
         WeightsError: if it is missing, damaged or of another kind.
     """
     if path.suffix == ".safetensors":
-        return read_tensors(path)
-    state = read_torchscript(path) if is_torchscript(path) else read_checkpoint(path)
-    wrapped = all(key.startswith("module.") for key in state)  # by data-parallel training
-    return {key.removeprefix("module.") if wrapped else key: t for key, t in state.items()}
+        return {without_wrappers(key): t for key, t in read_tensors(path).items()}
+    return read_torchscript(path) if is_torchscript(path) else read_checkpoint(path)
 
 
 def clip_from_state(

@@ -22,7 +22,7 @@ import torch
 from t2ilearn.models.taming import RELEASED, make_taming_vqgan
 from t2ilearn.models.vqvae import VQVAE
 from t2ilearn.pretrained.checkpoints import read_checkpoint
-from t2ilearn.weights import WeightsError, check_state
+from t2ilearn.weights import WeightsError, check_default_dtype, check_state
 
 _DROPPED = ("loss.",)
 _OWN = {"quantizer.counts"}  # how often each code was used lately: no released file has it
@@ -67,6 +67,7 @@ def load_taming(path: str | Path, name: str = "f16-16384") -> VQVAE:
         raise WeightsError(
             f"No released VQGAN is called {name!r}. There are: {', '.join(RELEASED)}."
         )
+    check_default_dtype()
     found = {k: t for k, t in read_checkpoint(path).items() if not k.startswith(_DROPPED)}
     with torch.device("meta"):  # sizes only: the file's own tensors become the parameters
         model = make_taming_vqgan(RELEASED[name])

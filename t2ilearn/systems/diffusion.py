@@ -27,8 +27,13 @@ from t2ilearn.data.bpe import SHARED_LENGTH
 from t2ilearn.data.captions import CaptionError
 from t2ilearn.data.grammar import WORLDS, ReadCaption
 from t2ilearn.data.together import worlds_in
-from t2ilearn.judging.metrics import bootstrap
-from t2ilearn.judging.report import CHUNK, rounded
+from t2ilearn.judging.counting import (
+    NO_OTHER,
+    mean_of_pictures,
+    other_captions,
+    picture_numbers,
+)
+from t2ilearn.judging.report import CHUNK
 from t2ilearn.models.diffusion import RectifiedFlow, jit_loss, q_sample
 from t2ilearn.models.diffusion_samplers import (
     SAMPLERS,
@@ -313,24 +318,31 @@ class DiffusionSystem(System):
     @torch.no_grad()
     def likelihood(self, world: CaptionedPictures, n: int = 2000) -> dict[str, Any]:
         """The error of the predicted picture on test pictures, under their own captions, under
-        another picture's, and without: what can be measured in any world."""
+        another picture's, and without: what can be measured in any world. Means and intervals are
+        over pictures."""
         generator = torch.Generator().manual_seed(0)
         real = world.test_set(world.test_sets[0], n)
         own = self.text_tokenizer.encode(real.captions)
-        noise = torch.randn(real.pictures.shape, generator=generator)
-        t = self.process.sample_times(len(own), generator)
+        numbers = picture_numbers(real.pictures)
+        count = int(numbers.max()) + 1
+        noise = torch.randn(count, *real.pictures.shape[1:], generator=generator)[numbers]
+        t = self.process.sample_times(count, generator)[numbers]
         z = q_sample(real.pictures, t, self.process, noise)
-        captions = {
-            "squared error of x̂": own,
-            "squared error of x̂, captions shuffled": own.roll(1, dims=0),
+        others, every = other_captions(real.captions, numbers), torch.arange(len(own))
+        rows = torch.tensor(list(others), dtype=torch.int64)
+        captions = {  # the rows that are measured, and the captions that they are given
+            "squared error of x̂": (every, own),
+            "squared error of x̂, captions shuffled": (rows, own[list(others.values())]),
         }
         if self.knows_null:
-            captions["squared error of x̂, no caption"] = null_caption(*own.shape)
-        metrics: dict[str, Any] = {"test pictures": len(own)}
-        for what, ids in captions.items():
-            parts = zip(z.split(CHUNK), t.split(CHUNK), ids.split(CHUNK), strict=True)
+            captions["squared error of x̂, no caption"] = (every, null_caption(*own.shape))
+        metrics: dict[str, Any] = {"test pictures": count}
+        for what, (rows, ids) in captions.items():
+            if not len(rows):
+                metrics[what] = NO_OTHER
+                continue
+            parts = zip(z[rows].split(CHUNK), t[rows].split(CHUNK), ids.split(CHUNK), strict=True)
             predicted = torch.cat([self.network(*part) for part in parts])
-            error = (predicted - real.pictures).square().flatten(1).mean(1)  # (B)
-            mean = bootstrap(lambda x: x.mean().item(), error, generator=generator)
-            metrics[what] = rounded(mean)
+            error = (predicted - real.pictures[rows]).square().flatten(1).mean(1)  # (B)
+            metrics[what] = mean_of_pictures(error, numbers[rows], generator)
         return metrics

@@ -8,8 +8,10 @@ Whatever is wrong with them is said before anything is drawn.
 
 import base64
 import io
+import json
 import math
 import operator
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,8 +22,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from t2ilearn.data.captions import CaptionError
+from t2ilearn.data.captions import CaptionError, check_unicode
 from t2ilearn.data.grammar import ReadCaption
+from t2ilearn.data.picture_files import FolderError, load_picture
 from t2ilearn.systems import registry
 from t2ilearn.systems.base import Caption, Prompt, Request, System, shortened, single_text
 
@@ -41,23 +44,62 @@ def make_request(
     """A request from what a person gives; see `draw`.
 
     Raises:
+        CaptionError: if the caption is neither a text nor prompts.
         ValueError: for an unknown system, an option that it does not have, or a number that is
             none or out of range.
     """
-    name = registry.best() if system is None else str(system)
+    name = registry.best() if system is None else _system_name(system)
     made = registry.find(name).system.make_options(**options)
     given = {"count": count, "best-of": best_of, "seed": seed}
-    numbers = tuple(_whole(what, value) for what, value in given.items())
+    numbers = tuple(whole_number(what, value) for what, value in given.items())
     _check_numbers(*numbers)
-    return Request((caption,) * numbers[0], name, numbers[2], numbers[1], scorer, made)
+    if scorer is not None and not isinstance(scorer, str):
+        raise ValueError(f"A scorer is named by a word, not {shortened(scorer)}.")
+    return Request((_caption(caption),) * numbers[0], name, numbers[2], numbers[1], scorer, made)
 
 
-def _whole(name: str, value: Any) -> int:
+def _system_name(system: Any) -> str:
+    """A name or a path as a word."""
+    try:
+        return os.fsdecode(system)
+    except TypeError:
+        raise ValueError(
+            f"A system is named by a word or the folder of a run, not {shortened(system)}."
+        ) from None
+
+
+def _caption(caption: Any) -> Caption:
+    """A text, or a tuple of prompts with their weights as plain numbers."""
+    if isinstance(caption, str):
+        return str(caption)
+    prompts = []
+    for pair in caption if isinstance(caption, list | tuple) else ():
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise CaptionError(f"A prompt is a text and its weight, not {shortened(pair)}.")
+        prompts.append(Prompt(str(pair[0]), _number("weight of a prompt", pair[1])))
+    if not prompts:
+        raise CaptionError(
+            f"A caption is a text, or a tuple of Prompt(text, weight), not {shortened(caption)}."
+        )
+    return tuple(prompts)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, str | bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"The {name} must be a number, not {shortened(value)}.") from None
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A number that is whole, of any kind, as Python's own."""
     try:
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):
         raise ValueError(f"The {name} must be a whole number, not {shortened(value)}.") from None
 
 
@@ -82,6 +124,10 @@ def check_request(request: Request, system: System) -> list[ReadCaption | None]:
             cannot read this, or a start picture that it cannot use.
     """
     _check_numbers(request.count, request.best_of, request.seed)
+    try:  # what could not be stored is refused before anything is drawn
+        json.dumps(request_to_json(request))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"The request holds what no file can store: {error}.") from None
     scorers = system.scorers()
     if request.scorer not in (None, *scorers):
         known = ", ".join(scorers) or "none at all"
@@ -102,23 +148,13 @@ def _read(caption: Caption, request: Request, system: System) -> ReadCaption | N
     if not prompts:
         raise CaptionError("A picture without a prompt: say what to draw.")
     for prompt in prompts:
-        _check_text(prompt.text)
+        check_unicode(prompt.text)
         if not math.isfinite(prompt.weight):
             raise ValueError(f"The weight of a prompt must be a number, not {prompt.weight}.")
     text = single_text(caption)
     if text is None or (not text and request.start is not None):
         return None
     return system.read(text)
-
-
-def _check_text(caption: str) -> None:
-    """Raise CaptionError for text that no file could hold, such as half of a Unicode pair."""
-    try:
-        caption.encode("utf-8")
-    except UnicodeEncodeError:
-        raise CaptionError(
-            f"The caption {caption!r} holds a character that is not valid Unicode."
-        ) from None
 
 
 def _check_start(request: Request, system: System) -> None:
@@ -181,7 +217,9 @@ def request_from_json(stored: Mapping[str, Any]) -> Request:
     how = {name: facts[name] for name in names}
     request = make_request(captions[0], count=len(captions), **how)
     start = None if facts["start"] is None else _start_from_text(facts["start"])
-    return replace(request, captions=captions, start=start, rows=_whole("rows", facts["rows"]))
+    return replace(
+        request, captions=captions, start=start, rows=whole_number("rows", facts["rows"])
+    )
 
 
 def _caption_from_json(stored: Any) -> Caption:
@@ -203,11 +241,13 @@ def _caption_from_json(stored: Any) -> Caption:
 def _start_from_text(text: str) -> UInt8[Tensor, "n 3 h w"]:
     """Start pictures from their PNG file in base64: squares, one below the other."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True))) as image:
-            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-            width, height = image.size
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        image = load_picture(base64.b64decode(text, validate=True))
+    except FolderError as error:
+        raise TypeError(f"the start picture {error}") from None
+    except (ValueError, TypeError) as error:
         raise TypeError(f"the start picture is damaged: {error}") from None
+    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    width, height = image.size
     if height % width:
         raise TypeError("the start picture is damaged: it is no row of squares")
     return pixels.view(height // width, width, width, 3).movedim(-1, 1).contiguous()

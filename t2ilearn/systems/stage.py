@@ -151,8 +151,9 @@ class Job:
         """Note in the run's folder what it learns from: a world, own pictures, other weights.
 
         Raises:
-            TrainingError: if a run is there already that learned from something else. To go on
-                would mix the two, and the card would tell of one.
+            TrainingError: if a run is there already that learned from something else (to go on
+                would mix the two, and the card would tell of one), or weights without the
+                checkpoint that they came from, which a new run would overwrite.
         """
         data = self.data()
         inputs = {name: data[name] for name in ("world", OWN_PICTURES) if name in data}
@@ -169,6 +170,12 @@ class Job:
             raise TrainingError(
                 f"{self.folder} holds a run of the first edition, which cannot go on. Remove that "
                 "folder, or name another with --runs."
+            )
+        file = self.folder / f"{self.name}.safetensors"
+        if file.exists() and not (self.folder / "checkpoint.json").exists():
+            raise TrainingError(
+                f"{file} would be overwritten: its checkpoint is gone, so that the training would "
+                "begin anew. Move that folder away, or name another with --runs."
             )
         if is_first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -233,7 +240,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict) or not found:
             raise ValueError("it holds nothing")
         return found
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TrainingError(
             f"{path} is damaged ({error}), so what this run learned from is not known. Remove the "
             "folder, or name another with --runs."

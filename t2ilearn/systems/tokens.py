@@ -20,9 +20,14 @@ from t2ilearn.data.grammar import WORLDS, ReadCaption
 from t2ilearn.data.pixels import pictures_from_bytes
 from t2ilearn.data.together import worlds_in
 from t2ilearn.judging.alignment import score
-from t2ilearn.judging.metrics import bootstrap
+from t2ilearn.judging.counting import (
+    NO_OTHER,
+    mean_of_pictures,
+    other_captions,
+    picture_numbers,
+)
 from t2ilearn.judging.reader import load_reader
-from t2ilearn.judging.report import CHUNK, reconstructed, rounded
+from t2ilearn.judging.report import CHUNK, reconstructed
 from t2ilearn.models.autoencoder import ImageTokenizer
 from t2ilearn.models.dalle import encode_prefix
 from t2ilearn.models.sampling import sample_steps
@@ -226,22 +231,28 @@ class TokenSystem(System):
     @torch.no_grad()
     def likelihood(self, world: CaptionedPictures, n: int = 2000) -> dict[str, Any]:
         """Nats per token on test pictures, under their own captions, under another picture's, and
-        without: what can be measured in any world, also where no judge reads drawings."""
+        without: what can be measured in any world, also where no judge reads drawings. Means and
+        intervals are over pictures."""
         generator = torch.Generator().manual_seed(0)
         real = world.test_set(world.test_sets[0], n)
         own = self.text_tokenizer.encode(real.captions)
         tokens = torch.cat([self.tokenizer.tokens(part) for part in real.pictures.split(CHUNK)])
-        captions = {
-            "nats a token": own,
-            "nats a token, captions shuffled": own.roll(1, dims=0),
-            "nats a token, no caption": null_caption(*own.shape),
+        numbers = picture_numbers(real.pictures)
+        others, every = other_captions(real.captions, numbers), torch.arange(len(own))
+        rows = torch.tensor(list(others), dtype=torch.int64)
+        captions = {  # the rows that are measured, and the captions that they are given
+            "nats a token": (every, own),
+            "nats a token, captions shuffled": (rows, own[list(others.values())]),
+            "nats a token, no caption": (every, null_caption(*own.shape)),
         }
-        metrics: dict[str, Any] = {"test pictures": len(tokens)}
-        for what, ids in captions.items():
-            pairs = zip(tokens.split(CHUNK), ids.split(CHUNK), strict=True)
+        metrics: dict[str, Any] = {"test pictures": int(numbers.max()) + 1}
+        for what, (rows, ids) in captions.items():
+            if not len(rows):
+                metrics[what] = NO_OTHER
+                continue
+            pairs = zip(tokens[rows].split(CHUNK), ids.split(CHUNK), strict=True)
             each = torch.cat([-log_likelihood(self.prior, q, c) / q.shape[1] for q, c in pairs])
-            interval = bootstrap(lambda x: x.mean().item(), each, generator=generator)
-            metrics[what] = rounded(interval)
+            metrics[what] = mean_of_pictures(each, numbers[rows], generator)
         return metrics
 
 

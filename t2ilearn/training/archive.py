@@ -17,7 +17,11 @@ import shutil
 import tempfile
 import warnings
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+from t2ilearn.weights import claim_new
 
 DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts it
 NAME = "t2ilearn-runs"
@@ -76,22 +80,36 @@ def archive_run(run: str | Path, file: str | Path | None = None) -> Path:
 
     Args:
         run: the run's folder, such as runs/prior-tiny.
-        file: by default the folder's name with .zip, beside it.
+        file: by default the folder's name with .zip, beside it; where an archive of that name is
+            there already, prior-tiny-2.zip, and so on.
+
+    Returns:
+        The archive.
 
     Raises:
         FileNotFoundError: if there is no such run.
         OSError: if the file cannot be written; an older one is then untouched.
     """
-    run = Path(run)
+    run = Path(run).resolve() if not Path(run).name else Path(run)
     if not (run / "flight.json").is_file():
         raise FileNotFoundError(f"{run} holds no training run: there is no flight.json in it.")
-    file = Path(file) if file is not None else run.with_name(run.name + ".zip")
+    if file is None:
+        file = claim_new(run.with_name(run.name + ".zip"))
+        try:
+            return archive_run(run, file)
+        except BaseException:
+            file.unlink()  # it is still empty
+            raise
+    file = Path(file)
     partial = file.with_name(file.name + ".partial")
     try:
-        with zipfile.ZipFile(partial, "w") as archive:  # tensors do not get smaller by deflating
-            for path in sorted(run.rglob("*")):
-                if path.is_file() and path.suffix != ".partial":
-                    archive.write(path, f"{run.name}/{path.relative_to(run).as_posix()}")
+        with open(partial, "wb") as opened:
+            with zipfile.ZipFile(opened, "w") as archive:  # deflating tensors gains nothing
+                for path in sorted(run.rglob("*")):
+                    if path.is_file() and path.suffix != ".partial":
+                        archive.write(path, f"{run.name}/{path.relative_to(run).as_posix()}")
+            opened.flush()
+            os.fsync(opened.fileno())
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -101,10 +119,14 @@ def archive_run(run: str | Path, file: str | Path | None = None) -> Path:
 def restore_run(file: str | Path, runs: str | Path) -> Path:
     """Bring an archived run back into a folder of runs; returns the run's own folder.
 
+    The archive may have been unpacked and zipped again by another program: what macOS and Windows
+    put beside the files of a folder is passed over.
+
     Raises:
         FileExistsError: if a run of that name is there already; it stays as it is.
         FileNotFoundError: if there is no such file.
-        RunFileError: if the file is no archived run, damaged, or would write elsewhere.
+        RunFileError: if the file is no archived run, damaged, encrypted, or would write elsewhere.
+        OSError: if it cannot be unpacked there, for example on a full disk; nothing is left then.
     """
     file, runs = Path(file), Path(runs)
     try:
@@ -114,25 +136,67 @@ def restore_run(file: str | Path, runs: str | Path) -> Path:
             f"{file} is not an archived run, or it was cut off on the way."
         ) from None
     with archive:
-        members = [PurePosixPath(info.filename) for info in archive.infolist()]
-        tops = {member.parts[0] for member in members if member.parts}
-        sound = len(tops) == 1 and all(
-            not m.is_absolute() and ".." not in m.parts and "\\" not in str(m) and ":" not in str(m)
-            for m in members
-        )
-        name = next(iter(tops), "")
-        if not sound or PurePosixPath(name, "flight.json") not in members:
-            raise RunFileError(f"{file} does not hold one training run and nothing else.")
-        if sum(info.file_size for info in archive.infolist()) > LARGEST:
-            raise RunFileError(f"{file} would unpack to more than {LARGEST / 2**30:.0f} GiB.")
+        name, members = _run_in(file, archive)
         target = runs / name
         if target.exists():
             raise FileExistsError(f"{target} is there already: move it away, or name other runs.")
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=runs) as folder:  # whole, or not at all
-            try:
-                archive.extractall(folder)
-            except (zipfile.BadZipFile, EOFError, OSError) as error:
-                raise RunFileError(f"{file} is damaged: {error}.") from None
+            for path, info in members.items():
+                _unpack(file, archive, info, Path(folder, name, path))
             shutil.move(str(Path(folder) / name), target)
     return target
+
+
+def _run_in(file: Path, archive: zipfile.ZipFile) -> tuple[str, dict[PurePosixPath, Any]]:
+    """The name of the run in an archive, and its members by their paths within it.
+
+    Raises:
+        RunFileError: naming what stands in the way.
+    """
+    members: dict[PurePosixPath, Any] = {}
+    for info in archive.infolist():
+        path = PurePosixPath(info.filename.replace("\\", "/"))  # as old programs for Windows write
+        if info.is_dir() or path.parts[:1] == ("__MACOSX",) or _is_of_system(path.name):
+            continue
+        if path.is_absolute() or ".." in path.parts or ":" in str(path):
+            raise RunFileError(f"{file} would write outside the folder: {info.filename!r}.")
+        if path in members:
+            raise RunFileError(f"{file} holds {info.filename!r} twice.")
+        members[path] = info
+    roots = [path.parent for path in members if path.name == "flight.json"]
+    if len(roots) != 1:
+        listed = ", ".join(map(str, roots[:4])) or "no flight.json is in it"
+        raise RunFileError(f"{file} does not hold one training run and nothing else: {listed}.")
+    (root,) = roots
+    if not root.name:
+        raise RunFileError(
+            f"{file} holds the files of a run without their folder: zip the folder itself."
+        )
+    beside = [path for path in members if not path.is_relative_to(root)]
+    if beside:
+        raise RunFileError(
+            f"{file} does not hold one training run and nothing else: {beside[0]} is beside {root}."
+        )
+    if sum(info.file_size for info in members.values()) > LARGEST:
+        raise RunFileError(f"{file} would unpack to more than {LARGEST / 2**30:.0f} GiB.")
+    return root.name, {path.relative_to(root): info for path, info in members.items()}
+
+
+def _is_of_system(name: str) -> bool:
+    """Whether macOS or Windows put this file into a folder, for icons and views."""
+    return name.startswith("._") or name.lower() in (".ds_store", "thumbs.db", "desktop.ini")
+
+
+def _unpack(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:
+    """Write one member; raises RunFileError if it cannot be read."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with archive.open(info) as source, open(target, "wb") as written:
+            shutil.copyfileobj(source, written)
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise RunFileError(f"{file} is damaged: {error}.") from None
+    except NotImplementedError as error:  # other methods, such as Deflate64 of Windows
+        raise RunFileError(f"{info.filename} in {file} cannot be read: {error}.") from None
+    except RuntimeError:
+        raise RunFileError(f"{file} is encrypted: zip it again without a password.") from None

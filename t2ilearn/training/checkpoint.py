@@ -49,6 +49,16 @@ def save_checkpoint(run_dir: Path, tensors: Mapping[str, Tensor], facts: dict[st
         old.unlink(missing_ok=True)
 
 
+def damaged(run_dir: Path, reason: Exception | str) -> TrainingError:
+    """What to raise where a checkpoint is not what it should be, with the reason and the cure."""
+    listing = run_dir / "checkpoint.json"
+    text = f"it lacks {reason}" if isinstance(reason, KeyError) else str(reason).rstrip(".")
+    return TrainingError(
+        f"The checkpoint {listing} is damaged: {text}. Remove {listing.name}, or pass "
+        "resume=False, to start this run over."
+    )
+
+
 def load_checkpoint(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The tensors and facts of the checkpoint in a folder; None if there is none.
 
@@ -66,12 +76,8 @@ def load_checkpoint(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]] |
                     f"it has format {facts['format']}, and this version reads format {FORMAT}"
                 )
             return read_tensors(run_dir / facts["file"], facts["sha256"]), facts
-    except (ValueError, KeyError, TypeError, WeightsError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
-        raise TrainingError(
-            f"The checkpoint {listing} is damaged: {reason}. Remove {listing.name}, or pass "
-            "resume=False, to start this run over."
-        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError, WeightsError) as error:
+        raise damaged(run_dir, error) from None
     raise TrainingError(
         f"The checkpoint {listing} was made by the first edition of t2ilearn, whose tensors and "
         "loss terms have other names. Finish that run with the version that began it, use another "

@@ -1,8 +1,10 @@
 """What decides a run, and the check that it makes sense."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+
+_WHOLE = ("steps", "batch_size", "warmup_steps", "seed")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,11 @@ class TrainConfig:
 
 def check_run(config: TrainConfig) -> None:
     """Raise `ValueError` if a config, or what the caller has set in torch, makes no sense."""
+    for field in fields(config):
+        value, whole = getattr(config, field.name), field.name in _WHOLE
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            kind = "a whole number" if whole else "a number"
+            raise ValueError(f"{field.name} must be {kind}, not {value!r}.")
     for name in ("steps", "batch_size", "learning_rate", "gradient_clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be above 0, not {getattr(config, name)}.")

@@ -8,6 +8,7 @@ Beside them lie the files of `checkpoint`. Shapes: b pictures, h height, w width
 
 import json
 import math
+import operator
 import time
 import warnings
 from collections.abc import Callable
@@ -22,8 +23,14 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from t2ilearn.data.picture_files import FolderError, load_picture
 from t2ilearn.data.pixels import bytes_from_pictures
-from t2ilearn.training.checkpoint import TrainingError, load_checkpoint, save_checkpoint
+from t2ilearn.training.checkpoint import (
+    TrainingError,
+    damaged,
+    load_checkpoint,
+    save_checkpoint,
+)
 from t2ilearn.training.config import TrainConfig
 from t2ilearn.training.ema import AveragedWeights
 from t2ilearn.training.wrappers import load_plain_state, plain_state
@@ -46,14 +53,31 @@ def read_record(run_dir: str | Path) -> Record:
 
     Raises:
         FileNotFoundError: if there is none, or a frame is missing.
+        TrainingError: if it is damaged, or a frame is no picture that can be read.
     """
-    run_dir = Path(run_dir)
-    facts = json.loads((run_dir / "flight.json").read_text(encoding="utf-8"))
-    frames = []
+    run_dir, frames = Path(run_dir), []
+    facts = _read_flight(run_dir / "flight.json")
     for frame in facts["frames"]:
-        with Image.open(run_dir / frame["file"]) as picture:
-            frames.append((frame["step"], picture.convert("RGB")))
+        path = run_dir / frame["file"]
+        try:
+            picture = load_picture(path, smallest=1)
+        except FolderError as error:
+            if not path.exists():
+                raise FileNotFoundError(f"The frame {path} is missing.") from None
+            raise TrainingError(f"The frame {path} {error}.") from None
+        frames.append((frame["step"], picture.convert("RGB")))
     return Record(facts, frames)
+
+
+def _read_flight(path: Path) -> dict[str, Any]:
+    """The facts of a `flight.json`; raises `TrainingError` if it is damaged."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        _ = [(frame["step"], frame["file"]) for frame in facts["frames"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise TrainingError(f"The flight record {path} is damaged ({reason}).") from None
+    return facts
 
 
 class Curves:
@@ -261,6 +285,8 @@ class Run:
         if found is None:
             return
         tensors, facts = found
+        if not isinstance(facts.get("config"), dict):
+            raise damaged(self.run_dir, "it does not state its config")
         if facts["config"] != asdict(self.config):
             old, new = facts["config"], asdict(self.config)
             changed = [f"{k} {old.get(k)} → {new[k]}" for k in new if old.get(k) != new[k]]
@@ -269,14 +295,24 @@ class Run:
                 "another folder, or resume=False to start over."
             )
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-        for key, tensor in tensors.items():
-            part, name = key.split("/", 1)
-            parts[part][name] = tensor
         try:
+            for key, tensor in tensors.items():
+                part, name = key.split("/", 1)
+                parts[part][name] = tensor
             check_state(parts["model"], plain_state(self.model), "this model")
         except WeightsError as error:
             raise TrainingError(f"{self.run_dir} holds a run of another model. {error}") from None
+        except (KeyError, ValueError):
+            raise damaged(self.run_dir, f"{key!r} is a part of no training") from None
         load_plain_state(self.model, parts["model"])
+        try:
+            self._restore_others(parts, facts)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise damaged(self.run_dir, error) from None
+
+    def _restore_others(self, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+        """What a checkpoint holds beside the model; raises nearly any error if it is damaged."""
+        check_state(parts["average"], self.average.values, "the averaged model")
         for name, value in self.average.values.items():
             value.copy_(parts["average"][name])
         state: dict[int, dict[str, Tensor]] = {}
@@ -287,9 +323,13 @@ class Run:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if facts["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
+        if not 0 <= operator.index(facts["steps_done"]) <= self.config.steps:
+            raise ValueError(f"{facts['steps_done']} steps of {self.config.steps}")
         self.done = self.start = self.saved = facts["steps_done"]
-        self.curves.points, self.curves.unplotted = facts["curves"], facts["unplotted"]
-        self.frames, self.seconds_before = facts["frames"], facts["seconds"]
+        self.curves.points = {name: list(values) for name, values in facts["curves"].items()}
+        self.curves.unplotted = [dict(values) for values in facts["unplotted"]]
+        self.frames = [{"step": f["step"], "file": f["file"]} for f in facts["frames"]]
+        self.seconds_before = float(facts["seconds"])
 
     def draw_frame(self, draw_samples: Callable[[nn.Module], Tensor]) -> None:
         """Keep a small picture of what the averaged model draws now."""

@@ -6,7 +6,9 @@ from t2ilearn.weights.files import (
     ASSETS,
     Weights,
     available,
+    check_default_dtype,
     check_state,
+    claim_new,
     figure,
     find,
     load,
@@ -16,6 +18,7 @@ from t2ilearn.weights.files import (
     read_tensors,
     save,
     to_bytes,
+    without_wrappers,
     write_atomically,
 )
 
@@ -27,7 +30,9 @@ __all__ = [
     "Weights",
     "WeightsError",
     "available",
+    "check_default_dtype",
     "check_state",
+    "claim_new",
     "configs_of",
     "figure",
     "find",
@@ -38,5 +43,6 @@ __all__ = [
     "read_tensors",
     "save",
     "to_bytes",
+    "without_wrappers",
     "write_atomically",
 ]

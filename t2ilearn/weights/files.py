@@ -15,9 +15,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ T = TypeVar("T")
 ASSETS = Path(__file__).parent.parent / "assets"
 METADATA_KEY = "t2ilearn"  # of the header, for the schema, the stage and the configs
 _PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+_WRAPPERS = ("module", "_orig_mod")
 _MOST_FAULTS = 20  # that one message lists
 _LARGEST_HEADER = 100 * 2**20  # safetensors' own limit, in bytes
 
@@ -79,6 +82,7 @@ def save(directory: str | Path, card: Card, state: Mapping[str, Tensor], half: b
     Raises:
         WeightsError: if a tensor holds NaN or infinity, the name is not a plain file name, or the
             card has a field that `load` would refuse.
+        OSError: for example on a full disk; older weights and their card are then untouched.
     """
     directory = Path(directory)
     name = card.name
@@ -95,8 +99,7 @@ def save(directory: str | Path, card: Card, state: Mapping[str, Tensor], half: b
     )
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.safetensors"
-    write_atomically(path, data)
-    write_atomically(path.with_suffix(".json"), (text + "\n").encode("utf-8"))
+    write_together({path: data, path.with_suffix(".json"): (text + "\n").encode("utf-8")})
     return path
 
 
@@ -177,15 +180,34 @@ def load_into(model: nn.Module, weights: Weights) -> None:
     """Copy weights into a model, in place, on whatever device it is.
 
     Raises:
-        WeightsError: naming the tensors that are missing, left over, or of another shape or kind.
-            The model is then unchanged.
+        WeightsError: naming the tensors that are missing, left over, or of another shape or kind,
+            or if torch's default dtype is not float32. The model is then unchanged.
     """
+    check_default_dtype()
     check_state(weights.state, model.state_dict(), type(model).__name__)
     model.load_state_dict(weights.state, strict=True)
 
 
+def check_default_dtype() -> None:
+    """Raise `WeightsError` unless torch makes tensors of float32, as all weights here expect."""
+    if torch.get_default_dtype() != torch.float32:
+        raise WeightsError(
+            f"torch's default dtype is {torch.get_default_dtype()}, and these models compute in "
+            "torch.float32. Call torch.set_default_dtype(torch.float32) first; to compute in "
+            "another precision, convert the loaded model, as in model.double()."
+        )
+
+
+def without_wrappers(name: str) -> str:
+    """A tensor's name without what `DataParallel` ("module.") and `torch.compile`
+    ("_orig_mod.") put before the names of what they wrap."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner: str) -> None:
     """Raise `WeightsError` with the differences between two sets of names, shapes and kinds."""
+    if state.keys() != wanted.keys():
+        _check_prefixes(state, wanted, owner)
     faults = [f"missing {key}" for key in wanted if key not in state]
     faults += [f"left over {key}" for key in state if key not in wanted]
     for key in (key for key in wanted if key in state):
@@ -198,6 +220,28 @@ def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner
         faults[_MOST_FAULTS:] = [f"and {len(faults) - _MOST_FAULTS} more"]
     if faults:
         raise WeightsError(f"The weights do not fit {owner}:\n  " + "\n  ".join(faults))
+
+
+def _check_prefixes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner: str) -> None:
+    """Raise `WeightsError` if names differ by nothing but what a wrapper put before them."""
+    plain_state, plain_wanted = (set(map(without_wrappers, names)) for names in (state, wanted))
+    if plain_state == plain_wanted and plain_wanted == wanted.keys():
+        raise WeightsError(
+            f"The weights do not fit {owner}: their names, such as {next(iter(state))}, hold what "
+            "DataParallel or torch.compile puts before them. Save the state_dict() of the model "
+            "within: model.module, or model._orig_mod."
+        )
+    if plain_state == plain_wanted and plain_state == state.keys():
+        raise WeightsError(
+            f"The weights do not fit {owner}, for it is wrapped by DataParallel or torch.compile. "
+            "Give the model within: model.module, or model._orig_mod."
+        )
+    prefix = next(iter(state), "").partition(".")[0] + "."
+    if {name.removeprefix(prefix) for name in state if name.startswith(prefix)} == wanted.keys():
+        raise WeightsError(
+            f"The weights do not fit {owner}: every name begins with {prefix}, as in a larger "
+            "model. Take that off, or save the part alone."
+        )
 
 
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
@@ -225,16 +269,46 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: for example on a full disk; the old file is then untouched.
     """
-    partial = path.with_name(path.name + ".partial")
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files that belong together, each as `write_atomically`: none is replaced before all
+    are on the disk.
+
+    Raises:
+        OSError: for example on a full disk; the old files are then untouched.
+    """
+    partials = {path: path.with_name(path.name + ".partial") for path in files}
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        for path, data in files.items():
+            with open(partials[path], "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, partial in partials.items():
+            os.replace(partial, path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
         raise
+
+
+def claim_new(path: str | Path) -> Path:
+    """An empty file under this name or, where that is taken, the next free one: star.png,
+    star-2.png, star-3.png. So nothing that is there is overwritten, by whatever runs beside it.
+
+    Raises:
+        OSError: if no file can be made there.
+    """
+    path = Path(path)
+    for name in chain([path.name], (f"{path.stem}-{n}{path.suffix}" for n in count(2))):
+        try:
+            open(path.with_name(name), "xb").close()
+        except FileExistsError:
+            continue
+        return path.with_name(name)
+    raise AssertionError("there are always more numbers")
 
 
 def _stored(tensor: Tensor, half: bool) -> Tensor:
