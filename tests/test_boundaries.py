@@ -20,6 +20,7 @@ from t2ilearn.models.dalle import DALLE, encode_prefix
 from t2ilearn.models.diffusion import RectifiedFlow, jit_loss, q_sample
 from t2ilearn.models.dit import DiT, DiTConfig
 from t2ilearn.models.dvae import DVAE, DVAEConfig
+from t2ilearn.models.lpips import perceptual_distance
 from t2ilearn.models.pixelcnn import PixelCNN
 from t2ilearn.models.sampling import sample_from_logits
 from t2ilearn.models.tokens import null_caption
@@ -57,6 +58,7 @@ TAKE_PICTURES = {
     "Reader.features": READER.features,
     "read": lambda x: read(READER, x),
     "read_emoji": lambda x: read_emoji(EMOJI_READER, x),
+    "perceptual_distance": lambda x: perceptual_distance(READER.trunk, x, 1.5 * X),
     "encode_prefix": lambda x: encode_prefix(VQ, x, 4),
     "start_from_pictures": lambda x: start_from_pictures(x, codec_of(VQ)),
 }

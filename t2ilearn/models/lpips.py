@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .layers import at_least_float32, check_dtype
+from .layers import at_least_float32, check_dtype, check_pictures
 
 Trunk = Callable[[Tensor], Sequence[Tensor]]  # (B, 3, H, W) → feature maps, finest first
 
@@ -45,7 +45,12 @@ def perceptual_distance(
 
     Returns:
         d(x, y) for each of the B pairs.
+
+    Raises:
+        ValueError: if x are no pictures in [−1, 1]; y, which a network may have drawn, may leave
+            that range.
     """
+    check_pictures(x)
     pairs = [
         (F.normalize(at_least_float32(a), dim=1), F.normalize(at_least_float32(b), dim=1))
         for a, b in zip(trunk(x), trunk(y), strict=True)
