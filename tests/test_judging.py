@@ -65,7 +65,7 @@ def test_absent_attributes_carry_no_loss(generator):
 
 def test_the_emoji_judge_lists_five_concepts_and_never_unreadable(generator):
     config = ReaderConfig(32, (16, 16), 32, answers=(9, 5, 4))
-    judge, pictures = Reader(config).eval(), torch.randn(7, 3, 32, 32, generator=generator)
+    judge, pictures = Reader(config).eval(), torch.rand(7, 3, 32, 32, generator=generator) * 2 - 1
     with torch.no_grad():
         concept, style, ground = judge(pictures)
     assert concept.shape == (7, 9) and style.shape == (7, 5) and ground.shape == (7, 4)
