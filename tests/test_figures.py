@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgb
 
 from t2ilearn import figures
 from t2ilearn.figures import bars, captioned, curves, grid, matrix, show_source, usage
-from t2ilearn.models.sampling import sample_from_logits
+from t2ilearn.models.sampling import check_options, sample_from_logits
 from t2ilearn.models.transformer import TransformerPrior
 
 
@@ -145,9 +145,9 @@ def test_source_without_docstrings_still_runs():
     text = show_source(sample_from_logits, docstrings=False).data
     assert '"""' not in text and "torch.multinomial" in text and "temperature: float" in text
     code = "from __future__ import annotations\nimport math, torch\n"
-    names: dict = {}
+    names: dict = {"check_options": check_options}  # the module's own, which it calls
     exec(code + text.removeprefix("```python\n").removesuffix("```"), names)
-    assert names["sample_from_logits"](torch.tensor([[0.0, 9.0]]), temperature=0).tolist() == [1]
+    assert names["sample_from_logits"](torch.tensor([[0.0, 9.0]]), temperature=0.0).tolist() == [1]
     whole = show_source(TransformerPrior, docstrings=False).data
     assert '"""' not in whole and "def next_logits" in whole and "\n\n\n" not in whole
 
