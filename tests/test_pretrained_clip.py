@@ -248,6 +248,7 @@ def test_merges_are_read_from_text_as_well(vocabulary, tmp_path):
         (b"\xff\xfe\xff", "damaged"),
         (b"v\n" + b"one\n" * 50_000, "two pieces each"),
     ],
+    ids=["too short", "cut archive", "not UTF-8", "one piece a line"],
 )
 def test_other_vocabularies_are_refused(tmp_path, data, said):
     (tmp_path / "v.gz").write_bytes(data)
