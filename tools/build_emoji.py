@@ -42,8 +42,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import resvg_py
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 ASSETS = Path(__file__).resolve().parent.parent / "t2ilearn" / "assets" / "emoji"
 SIZE = 64
@@ -258,24 +258,26 @@ _COLOUR = r"\b(?:light blue|red|pink|orange|yellow|green|blue|purple|brown|black
 
 
 def fetch(source: Source, folder: Path) -> tarfile.TarFile:
-    """A package's tarball through the npm client, checked against its pinned SHA-512.
+    """A package's tarball, checked against its pinned SHA-512: from the folder if it lies there,
+    else through the npm client.
 
     Raises:
         BuildError: if npm is missing or fails, or the tarball is another one.
     """
-    npm = shutil.which("npm")
-    if npm is None:
-        raise BuildError("The npm client is not installed; it comes with Node.js.")
     name = f"{source.package}@{source.version}"
-    done = subprocess.run(
-        [npm, "pack", "--silent", name], cwd=folder, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise BuildError(f"npm pack {name} failed: {done.stderr.strip()}")
-    data = (folder / done.stdout.split()[-1]).read_bytes()
+    path = folder / f"{source.package.lstrip('@').replace('/', '-')}-{source.version}.tgz"
+    if not path.exists():
+        npm = shutil.which("npm")
+        if npm is None:
+            raise BuildError("The npm client is not installed; it comes with Node.js.")
+        command = [npm, "pack", "--silent", name]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(f"npm pack {name} failed: {done.stderr.strip()}")
+    data = path.read_bytes()
     digest = "sha512-" + base64.b64encode(hashlib.sha512(data).digest()).decode()
     if digest != source.integrity:
-        raise BuildError(f"{name} is not the pinned tarball: it has {digest}.")
+        raise BuildError(f"{path} is not the pinned tarball of {name}: it has {digest}.")
     return tarfile.open(fileobj=io.BytesIO(data), mode="r:gz")
 
 
@@ -398,6 +400,8 @@ def rasterise(icons: Any, name: str) -> np.ndarray:
     Raises:
         BuildError: for an alias that does more than mirror its parent.
     """
+    import resvg_py  # of the extra `dev` alone
+
     mirrored = False
     while name not in icons["icons"]:
         alias = icons["aliases"][name]
@@ -603,21 +607,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the emoji world's shards.")
     parser.add_argument("--out", type=Path, default=ASSETS, help="where the shards go")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet here")
+    parser.add_argument("--packages", type=Path, help="keep the packages here, to go on later")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.packages or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         sets = {}
-        for source in SOURCES:
-            archive = fetch(source, Path(folder))
+        for source in tqdm(SOURCES, desc="packages", unit="package"):
+            archive = fetch(source, folder)
             sets[source.style] = (read(archive, "icons.json"), read(archive, "chars.json"))
-        emojibase = read(fetch(WORDS, Path(folder)), "en/data.json")
+        emojibase = read(fetch(WORDS, folder), "en/data.json")
     found = concepts(emojibase, sets)
     for concept in found:
         concept["phrases"] = [phrase(name) for name in (concept["name"], *concept["words"])]
-    drawn = {
-        (number, style): rasterise(sets[style][0], icon)
+    icons = {
+        (number, style): icon
         for style in STYLES
         for number, concept in enumerate(found)
         if (icon := concept["icons"].get(style))
+    }
+    drawn = {
+        key: rasterise(sets[key[1]][0], icon)
+        for key, icon in tqdm(icons.items(), desc="drawings", unit="drawing")
     }
     lost = drop_same(found, drawn)
     held, twins = hold_out(found, drawn)

@@ -1,24 +1,29 @@
 """Draw what the page `book/play.md` shows: some forty captions, by every system, from four seeds.
 
-    python tools/make_play.py      # writes book/_static/play.html
+    python tools/make_play.py                    # writes book/_static/play.html
+    python tools/make_play.py --keep play.json   # keeps each system's part there, to go on later
 
 Nothing is picked: seeds 0 to 3, as `draw` samples by default. Every system that ships gets a row of
 its own for each caption that its worlds cover.
 """
 
+import argparse
 import base64
 import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from t2ilearn.data import CaptionError
 from t2ilearn.data.grammar import WORLDS, read_caption
 from t2ilearn.drawing import Drawing, draw
 from t2ilearn.systems import registry
+from t2ilearn.systems.evaluation import Kept
 
 PAGE = Path(__file__).resolve().parent.parent / "book" / "_static" / "play.html"
 SEEDS = 4
@@ -69,7 +74,7 @@ CAPTIONS = (
 def drawings(name: str, worlds: dict) -> dict[int, Drawing]:
     """A system's four drawings for each caption that its worlds cover, by the caption's number."""
     found = {}
-    for number, caption in enumerate(CAPTIONS):
+    for number, caption in enumerate(tqdm(CAPTIONS, desc=name, unit="caption")):
         try:
             read = read_caption(caption, registry.load(name).worlds)
         except CaptionError:
@@ -98,35 +103,48 @@ def sheet(found: dict[int, Drawing]) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def page() -> str:
-    """The page part: plain HTML, by keyboard too, without a kernel."""
+def part(name: str, worlds: dict) -> dict[str, Any]:
+    """What the page shows of one system."""
+    found = drawings(name, worlds)
+    return {
+        "title": registry.title(name),
+        "weights": registry.load(name).weights_id,  # a test holds them to those that ship
+        "side": next(iter(found.values())).pictures.shape[-1],
+        "rows": {
+            str(number): {"row": row, "judged": sum(drawing.aligned)}
+            for row, (number, drawing) in enumerate(found.items())
+        },
+        "sheet": sheet(found),
+    }
+
+
+def page(keep: Path | None = None) -> str:
+    """The page part: plain HTML, by keyboard too, without a kernel.
+
+    Raises:
+        ValueError: if `keep` is a file of something else.
+    """
     worlds = {name: world() for name, world in WORLDS.items()}
     read = [read_caption(caption) for caption in CAPTIONS]
     unseen = [i for i, each in enumerate(read) if worlds[each.world.name].unseen(each.stated)]
+    kept = Kept(keep, {"captions": list(CAPTIONS), "seeds": SEEDS})
     systems = {}
     for name in registry.names():
-        found = drawings(name, worlds)
-        rows = {
-            number: {"row": row, "judged": sum(drawing.aligned)}
-            for row, (number, drawing) in enumerate(found.items())
-        }
-        side = next(iter(found.values())).pictures.shape[-1]
-        systems[name] = {
-            "title": registry.title(name),
-            "weights": registry.load(name).weights_id,  # a test holds them to those that ship
-            "side": side,
-            "rows": rows,
-            "sheet": sheet(found),
-        }
+        key = f"{name} {registry.load(name).weights_id}"
+        kept.measure(key, part, name, worlds)
+        systems[name] = kept.parts[key]
     data = {"captions": CAPTIONS, "unseen": unseen, "systems": systems}
     template = (Path(__file__).parent / "play_template.html").read_text(encoding="utf-8")
     return template.replace("/*DATA*/", json.dumps(data))
 
 
 def main() -> int:
-    """Write the page part and say what the judge reads."""
+    """Write the page part."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--keep", type=Path, help="a JSON file for what is drawn, to go on later")
+    asked = parser.parse_args()
     torch.set_num_threads(1)  # the same sums in the same order on every machine
-    text = page()
+    text = page(asked.keep)
     PAGE.write_text(text, encoding="utf-8", newline="\n")
     print(f"{PAGE.name}: {len(text) / 2**20:.2f} MiB")
     return 0

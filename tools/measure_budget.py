@@ -2,6 +2,7 @@
 
     python tools/measure_budget.py             # executes every notebook in a copy: minutes each
     python tools/measure_budget.py 2 2-lab     # these alone
+    python tools/measure_budget.py --missing   # those that were not measured as they are now
     python tools/measure_budget.py --words     # counts words, keeps what was measured before
 
 Notebooks are executed as `run_notebooks.py` does, on one thread, and not written back. A chapter
@@ -23,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbformat
+from tqdm import tqdm
 
 import run_notebooks
 
@@ -51,6 +53,12 @@ def count_words(cells: Sequence[nbformat.NotebookNode]) -> int:
 def fingerprint(cells: Sequence[nbformat.NotebookNode]) -> str:
     """SHA-256 of the sources, in order."""
     return hashlib.sha256("\0".join(cell.source for cell in cells).encode("utf-8")).hexdigest()
+
+
+def measured(path: Path, found: dict) -> bool:
+    """Whether a record holds figures of the notebook as it is now."""
+    cells = fingerprint(nbformat.read(path, as_version=4).cells)
+    return found.get("cells") == cells and found.get("machine_minutes") is not None
 
 
 def measure(path: Path, execute: bool) -> dict:
@@ -89,6 +97,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("numbers", nargs="*", help="2 or 2-lab; by default all")
     parser.add_argument("--words", action="store_true", help="count words only")
+    parser.add_argument("--missing", action="store_true", help="what lacks measured figures")
     parser.add_argument("--execute", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.execute:
@@ -97,16 +106,21 @@ def main() -> int:
     from t2ilearn.lessons.budget import RECORD  # brings torch, which an execution here can spare
 
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    for number, path in chapters().items():
-        if asked.numbers and number not in asked.numbers:
-            continue
+    wanted = {
+        number: path
+        for number, path in chapters().items()
+        if (not asked.numbers or number in asked.numbers)
+        and not (asked.missing and measured(path, record.get(number, {})))
+    }
+    for number, path in tqdm(wanted.items(), unit="notebook"):
         before, found = record.get(number, {}), measure(path, execute=not asked.words)
         if asked.words and before.get("cells") == found["cells"]:
             found |= {name: before[name] for name in MEASURED}
         record[number] = found
-        print(f"{path.name}: {found}", flush=True)
-    text = json.dumps({number: record[number] for number in chapters()}, indent=1)
-    RECORD.write_text(text + "\n", encoding="utf-8", newline="\n")
+        tqdm.write(f"{path.name}: {found}")
+        # After each, so that `--missing` goes on where this is stopped.
+        text = json.dumps({key: record[key] for key in chapters() if key in record}, indent=1)
+        RECORD.write_text(text + "\n", encoding="utf-8", newline="\n")
     return 0
 
 

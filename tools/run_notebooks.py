@@ -1,6 +1,8 @@
 """Execute chapters in order and store their outputs, the same bytes every time.
 
     python tools/run_notebooks.py notebooks/01_pictures.ipynb ...
+    python tools/run_notebooks.py --stale   # those whose stored outputs belong to other code or
+                                            # weights; goes on where it was stopped
 
 What would differ from run to run is pinned: one thread, no timings or progress bars, widget ids
 from a counter, cell ids from the cell's place where it has none, figures without the plotting
@@ -10,6 +12,7 @@ The notebook's metadata then say what the outputs were made from (`made_from`), 
 tell without running anything whether they still belong to the code.
 """
 
+import argparse
 import base64
 import hashlib
 import io
@@ -17,12 +20,13 @@ import os
 import re
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from PIL import Image
+from tqdm import tqdm
 
 ASSETS = Path(__file__).resolve().parent.parent / "t2ilearn" / "assets"
 PINNED = {
@@ -120,8 +124,10 @@ def stale(notebook: nbformat.NotebookNode) -> str:
     return f"other weights ship now: {', '.join(changed)}" if changed else ""
 
 
-def execute(path: Path) -> None:
+def execute(path: Path, on_cell: Callable[[], object] = lambda: None) -> None:
     """Run one notebook in its own folder and write it back with its outputs.
+
+    `on_cell` is called after every cell of code.
 
     Raises nbclient.exceptions.CellExecutionError, and writes nothing, when a cell fails.
     """
@@ -138,6 +144,7 @@ def execute(path: Path) -> None:
         coalesce_streams=True,
         store_widget_state=True,
         resources={"metadata": {"path": str(path.parent)}},
+        on_cell_executed=lambda **_: on_cell(),
     )
     with tempfile.TemporaryDirectory() as folder:
         notes = Path(folder) / "opened"
@@ -166,14 +173,25 @@ def execute(path: Path) -> None:
 
 def main() -> int:
     """Execute every notebook named on the command line, or all of them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("paths", nargs="*", type=Path, help="notebooks; by default all chapters")
+    parser.add_argument("--stale", action="store_true", help="only those that are out of date")
+    asked = parser.parse_args()
     os.environ.update(PINNED)
     folder = Path(__file__).resolve().parent.parent / "notebooks"
-    paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted(folder.glob("*.ipynb"))
-    for path in paths:
-        began = time.perf_counter()
-        execute(path)
-        size = path.stat().st_size / 2**20
-        print(f"{path.name}: {time.perf_counter() - began:.0f} s, {size:.2f} MiB", flush=True)
+    paths = [path.resolve() for path in asked.paths] or sorted(folder.glob("*.ipynb"))
+    notebooks = {path: nbformat.read(path, as_version=4) for path in paths}
+    if asked.stale:
+        notebooks = {path: each for path, each in notebooks.items() if stale(each)}
+    cells = {
+        path: sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in each.cells)
+        for path, each in notebooks.items()
+    }
+    with tqdm(total=sum(cells.values()), unit="cell", disable=None) as bar:
+        for path in notebooks:
+            bar.set_description(path.stem)
+            execute(path, bar.update)
+            bar.write(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB")
     return 0
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from t2ilearn import __version__, weights
 from t2ilearn.data import CaptionedPictures, CaptionTokenizer, Folder, Tokenizer, WordTokenizer
@@ -380,5 +381,9 @@ def encode_world(
     """Scenes (n, facts) and their tokens (n, N), computed once: training then needs no pixel."""
     generator = torch.Generator().manual_seed(seed)
     scenes = world.scenes(n, "train", generator=generator)
-    parts = [tokenizer.tokens(world.pictures(s, generator)) for s in scenes.split(250)]
+    parts = []
+    with tqdm(total=n, desc="tokens", unit="picture", delay=2) as bar:
+        for part in scenes.split(250):
+            parts.append(tokenizer.tokens(world.pictures(part, generator)))
+            bar.update(len(part))
     return scenes, torch.cat(parts).to(torch.int16)
