@@ -30,7 +30,8 @@ Differs from the papers in: errors are means over pixels, not sums; time indices
 DDPM's start at 1; the reverse process has the variance β̃ (`diffusion_samplers`), which is not
 learned; JiT's noise has standard deviation 1, as it has in the paper at low resolution.
 
-Letters: B batch, C channels, H and W height and width, S times (T in the papers).
+Letters: B batch, C channels, H and W height and width, S times (T in the papers). Chapter 10 mixes
+embeddings with noise, of shape (B, E).
 """
 
 import math
@@ -279,7 +280,7 @@ def min_snr_weight(kind: str, snr: Float[Tensor, " b"], gamma: float) -> Float[T
 
 def ddpm_loss(
     network: Network,
-    x: Float[Tensor, "b c h w"],
+    x: Float[Tensor, "b *shape"],
     process: VariancePreserving,
     *conditions: Tensor,
     target: str = "eps",

@@ -26,13 +26,14 @@ patches, T tokens of a caption, D dimension of a token's vector.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .conditioning import TextEncoder, TimeEmbedding
+from .conditioning import TextEncoder, TextTokens, TimeEmbedding
 from .layers import Attention, at_least_float32, check_finite, check_mixtures
 
 HEAD_DIM = 32  # numbers of a vector that one attention head sees
@@ -137,6 +138,20 @@ class DiTBlock(nn.Module):
         return torch.addcmul(x, gate2, self.mlp(modulate(x, shift2, scale2)))
 
 
+class ImageContext(NamedTuple):
+    """What an image embedding tells the network besides the caption (chapter 10).
+
+    Args:
+        time: added to the vector of the time.
+        tokens: K tokens behind those of the caption.
+        given: where there is an embedding at all; elsewhere `tokens` are not attended to.
+    """
+
+    time: Float[Tensor, "b d"]
+    tokens: Float[Tensor, "b k d"]
+    given: Bool[Tensor, " b"]
+
+
 class DiT(nn.Module):
     """(z, t, caption) → x̂."""
 
@@ -161,7 +176,11 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(
-        self, z: Float[Tensor, "b 3 h w"], t: Float[Tensor, " b"], caption: Int[Tensor, "b l"]
+        self,
+        z: Float[Tensor, "b 3 h w"],
+        t: Float[Tensor, " b"],
+        caption: Int[Tensor, "b l"],
+        image: ImageContext | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """x̂ of each mixture.
 
@@ -169,15 +188,18 @@ class DiT(nn.Module):
             z: z_t, whose pixels are not bounded.
             t: the time of each, 0 (noise) … 1 (picture).
             caption: token ids; `tokens.null_caption` for none.
+            image: of an image embedding, if there is one.
 
         Raises:
             ValueError: for mixtures of another size or type, NaN, another number of times or
                 captions, or captions that are none.
         """
         self._check(z, t, caption)
-        text = self.text(caption)
+        text, time = self.text(caption), self.time(t)
+        if image is not None:
+            text, time = _with_image(text, image), time + image.time
         patches = self._patchify(z)
-        c = F.silu(self.time(t))  # (B, D)
+        c = F.silu(time)  # (B, D)
         modulation = self.modulation(c).unflatten(1, (6, -1))  # (B, 6, D)
         x = torch.cat([text.vectors, patches], dim=1)  # (B, T + N, D)
         bias = text.bias(others=patches.shape[1])  # (B, 1, 1, T + N)
@@ -212,6 +234,13 @@ class DiT(nn.Module):
                 f"and {len(caption)} captions."
             )
         check_finite("Times", t)
+
+
+def _with_image(text: TextTokens, image: ImageContext) -> TextTokens:
+    """The tokens of a caption and of an image embedding."""
+    given = image.given[:, None].expand(-1, image.tokens.shape[1])  # (B, K)
+    vectors = torch.cat([text.vectors, image.tokens.to(text.vectors)], dim=1)
+    return TextTokens(vectors, torch.cat([text.real, given], dim=1))
 
 
 def sincos_2d(side: int, dim: int) -> Float[Tensor, "n {dim}"]:
