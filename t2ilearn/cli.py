@@ -1,4 +1,4 @@
-"""The command line: `t2ilearn draw | redraw | train | systems | evaluate | weights`.
+"""The command line: `t2ilearn draw | redraw | vary | blend | train | systems | evaluate | weights`.
 
 Imports of torch wait until a command needs them, so that `--help` answers at once.
 """
@@ -136,6 +136,70 @@ def redraw(
 
     drawing.check_png(out or "redrawn.png")
     _report(drawing.redraw(file), out, "redrawn.png")
+
+
+_VARYING = typer.Option("--with", help="A system that embeds pictures, or a run's folder.")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def vary(
+    file: Annotated[Path, typer.Argument(help="A picture; its central square is taken.")],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OPTIONS]", help="The system's own options, by name."),
+    ] = None,
+    caption: Annotated[str, typer.Option(help="What the decoder reads besides.")] = "",
+    less: Annotated[str, typer.Option("--from", help="A text that fits the picture.")] = "",
+    to: Annotated[str, typer.Option(help="A text that shall fit instead: with --from.")] = "",
+    system: Annotated[str | None, _VARYING] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
+    count: Annotated[int, typer.Option(help="How many pictures.")] = 4,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; else variations.png, variations-2.png, …")
+    ] = None,
+) -> None:
+    """Draw variations of a picture: what its embedding keeps stays, the rest is drawn anew."""
+    from t2ilearn import drawing
+    from t2ilearn.systems import Prompt
+
+    drawing.check_png(out or "variations.png")
+    if bool(less) != bool(to) or (less and caption):
+        raise ValueError("--from and --to go together, and without --caption.")
+    words = (Prompt(less, -1.0), Prompt(to)) if less else caption
+    side, options = drawing.resolution_of(system), _own_options(more)
+    picture = picture_file(file, side)
+    drawn = drawing.vary(picture, words, system=system, seed=seed, count=count, **options)
+    _report(drawn, out, "variations.png")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def blend(
+    first: Annotated[Path, typer.Argument(help="A picture; its central square is taken.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OPTIONS]", help="The system's own options, by name."),
+    ] = None,
+    system: Annotated[str | None, _VARYING] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
+    count: Annotated[int, typer.Option(help="How many pictures, both ends included.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; else blend.png, blend-2.png, …")
+    ] = None,
+) -> None:
+    """Draw the way from one picture to another, between their embeddings."""
+    from t2ilearn import drawing
+
+    drawing.check_png(out or "blend.png")
+    side, options = drawing.resolution_of(system), _own_options(more)
+    one, other = (picture_file(file, side) for file in (first, second))
+    drawn = drawing.blend(one, other, system=system, seed=seed, count=count, **options)
+    _report(drawn, out, "blend.png")
+
+
+def _own_options(arguments: list[str] | None) -> dict[str, str]:
+    """A system's own options, as the command line gives them after the rest."""
+    return caption_and_options(["", *(arguments or [])])[1]
 
 
 def _report(drawing: "Drawing", out: Path | None, usual: str) -> None:

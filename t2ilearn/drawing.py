@@ -7,6 +7,7 @@
 | to | call |
 |---|---|
 | draw | `draw`, `draw_steps`, `complete`; `draw_request` for several captions at once |
+| vary | `vary` one picture, `blend` two, with a system that embeds pictures (DALL·E 2) |
 | keep a drawing | `Drawing.save`, `Drawing.save_new`, `redraw` |
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
@@ -222,24 +223,115 @@ def complete(
             range, or no row left to draw.
     """
     loaded, rows = registry.load(system), whole_number("number of rows", rows)
+    start = _start_picture(picture, loaded.resolution)
+    if not 1 <= rows < ROWS:
+        raise ValueError(f"Keep 1 … {ROWS - 1} rows of {ROWS}, not {rows}.")
+    request = make_request(caption or "", system, seed, count, best_of, scorer, options)
+    return draw_request(replace(request, start=start, rows=rows))
+
+
+def _start_picture(picture: Float[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "1 3 h w"]:
+    """A picture to begin from, as bytes.
+
+    Raises:
+        ValueError: for another size, type or range.
+    """
     if not isinstance(picture, Tensor):
         kind = type(picture).__name__
-        raise ValueError(f"A picture to finish is a tensor of shape (3, H, W), not a {kind}.")
+        raise ValueError(f"A picture to begin from is a tensor of shape (3, H, W), not a {kind}.")
     if picture.ndim != 3:
         raise ValueError(f"One picture is of shape (3, H, W), not {tuple(picture.shape)}.")
-    side = loaded.resolution
     if tuple(picture.shape) != (3, side, side) or not picture.is_floating_point():
         raise ValueError(
-            f"A picture to finish is a float tensor of shape (3, {side}, {side}) with values in "
-            f"[−1, 1]; this is {picture.dtype} of shape {tuple(picture.shape)}."
+            f"A picture to begin from is a float tensor of shape (3, {side}, {side}) with values "
+            f"in [−1, 1]; this is {picture.dtype} of shape {tuple(picture.shape)}."
         )
     if not picture.abs().amax() <= 1 + RANGE_TOLERANCE:  # NaN neither
         low, high = picture.min(), picture.max()
         raise ValueError(f"Pictures lie in [−1, 1]; these go from {low:.3g} to {high:.3g}.")
-    if not 1 <= rows < ROWS:
-        raise ValueError(f"Keep 1 … {ROWS - 1} rows of {ROWS}, not {rows}.")
-    request = make_request(caption or "", system, seed, count, best_of, scorer, options)
-    return draw_request(replace(request, start=bytes_from_pictures(picture[None]), rows=rows))
+    return bytes_from_pictures(picture[None])
+
+
+def vary(
+    picture: Float[Tensor, "3 h w"],
+    caption: Caption = "",
+    *,
+    system: str | Path | None = None,
+    seed: int = 0,
+    count: int = 4,
+    **options: Any,
+) -> Drawing:
+    """Pictures with the same content as a given one: what its embedding keeps.
+
+    Args:
+        picture: at the system's resolution, in [−1, 1].
+        caption: "" draws from the embedding alone. A text is read by the decoder as well; prompts
+            with weights turn the embedding: (Prompt("a red star", -1), Prompt("a blue star")).
+        system: one that varies pictures; by default the first that ships.
+        seed, count, options: see `draw`.
+
+    Raises:
+        CaptionError, ValueError, WeightsError: as `draw`, and for a picture of another size or
+            range, or if no such system ships.
+    """
+    name = _varying_system() if system is None else system
+    start = _start_picture(picture, registry.load(name).resolution)
+    request = make_request(caption, name, seed, count, 1, None, options)
+    return draw_request(replace(request, start=start))
+
+
+def blend(
+    first: Float[Tensor, "3 h w"],
+    second: Float[Tensor, "3 h w"],
+    *,
+    system: str | Path | None = None,
+    seed: int = 0,
+    count: int = 5,
+    **options: Any,
+) -> Drawing:
+    """Pictures from the content of one to that of another: their embeddings and those between, at
+    equal angles.
+
+    Args:
+        first, second: see `vary`.
+        count: 2 or more, both ends included.
+        system, seed, options: see `vary`.
+
+    Raises:
+        CaptionError, ValueError, WeightsError: as `vary`, and for fewer than two pictures.
+    """
+    if whole_number("count", count) < 2:
+        raise ValueError(f"A blend has two pictures or more, not {count}: both ends count.")
+    name = _varying_system() if system is None else system
+    side = registry.load(name).resolution
+    start = torch.cat([_start_picture(each, side) for each in (first, second)])
+    request = make_request("", name, seed, count, 1, None, {**options, "blend": True})
+    return draw_request(replace(request, start=start))
+
+
+def resolution_of(system: str | Path | None) -> int:
+    """The side of the pictures of a system that varies them; None for the first that ships.
+
+    Raises:
+        ValueError, WeightsError: as `vary`.
+    """
+    return registry.load(_varying_system() if system is None else system).resolution
+
+
+def _varying_system() -> str:
+    """The first system that ships and draws variations.
+
+    Raises:
+        WeightsError: if there is none.
+    """
+    for name in registry.names():
+        if registry.find(name).system.varies:
+            return name
+    varying = [name for name, system in registry.SYSTEMS.items() if system.varies]
+    raise WeightsError(
+        f"No weights of a system that varies pictures ship. Train one (t2ilearn train "
+        f"{varying[0]}), and name its folder."
+    )
 
 
 def redraw(path: str | Path) -> Drawing:

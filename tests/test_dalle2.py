@@ -21,8 +21,8 @@ from t2ilearn.models.diffusion_prior import (
     DiffusionPriorConfig,
     Standardised,
     causal_bias,
+    diffusion_prior_loss,
     no_embedding,
-    prior_loss,
     prior_process,
     prior_steps,
     sample_image_embedding,
@@ -121,8 +121,10 @@ def test_the_loss_is_the_squared_error_of_the_standardised_embedding(generator):
     noise = torch.randn(40, E, generator=generator, dtype=torch.float64)
     t = torch.randint(1000, (40,), generator=generator)
     process = prior_process()
-    loss = prior_loss(prior, image, text, captions, process, noise=noise, t=t)
     x = (image - prior.image_scale.mean) / prior.image_scale.std
+    loss = diffusion_prior_loss(
+        prior, prior.image_scale(image), text, captions, process, noise=noise, t=t
+    )
     alpha_bar = process.alpha_bar[t][:, None]
     noisy = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
     expected = (prior(noisy, t.float(), text, captions) - x).square().mean()
@@ -133,7 +135,7 @@ def test_gradients_reach_every_parameter_of_the_prior(generator):
     prior = small_prior()
     process, given = prior_process(), embeddings(generator)
     text = torch.stack([given[0], torch.zeros(E, dtype=torch.float64)])
-    loss = prior_loss(prior, given, text, CAPTIONS, process, generator=generator)
+    loss = diffusion_prior_loss(prior, given, text, CAPTIONS, process, generator=generator)
     loss.total.backward()
     without = [n for n, p in prior.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
@@ -149,10 +151,14 @@ def test_eight_pairs_are_learned_by_heart(generator):
     process = prior_process()
     optimizer = torch.optim.AdamW(prior.parameters(), 3e-3, weight_decay=0.0)
     for _ in range(400):
-        loss = prior_loss(
-            prior, image.repeat(4, 1), text.repeat(4, 1), captions.repeat(4, 1), process,
+        loss = diffusion_prior_loss(
+            prior,
+            prior.image_scale(image).repeat(4, 1),
+            text.repeat(4, 1),
+            captions.repeat(4, 1),
+            process,
             generator=generator,
-        )  # fmt: skip
+        )
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()

@@ -727,7 +727,7 @@ def test_what_is_finished_and_requests_made_by_hand_are_checked_at_the_start(
     drawn = complete(half, "a red star", rows=np.int64(4), system=Path("vqvae-tiny"), count=1)
     assert redraw(drawn.save(tmp_path / "a.png")).request.rows == 4
     for picture, rows in ((half.numpy(), 4), (half, 4.0), (half, "4"), (None, 4)):
-        with pytest.raises(ValueError, match="A picture to finish|whole number"):
+        with pytest.raises(ValueError, match="A picture to begin from|whole number"):
             complete(picture, "a red star", rows=rows, system="vqvae-tiny")
     monkeypatch.setattr(TokenSystem, "candidates", lambda *_, **__: pytest.fail("it was drawn"))
     by_hand = Request(("a red star",), Path("vqvae-tiny"), options=TokenOptions())

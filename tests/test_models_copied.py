@@ -104,6 +104,22 @@ CHAPTERS = {
         z, caption = torch.randn(2, 3, 16, 16), torch.randint(3, 11, (2, 4))
         assert model(z, torch.rand(2), caption).shape == z.shape
         """,
+    "diffusion_prior": """
+        from here.diffusion_prior import (
+            DiffusionPrior, DiffusionPriorConfig, diffusion_prior_loss, prior_process
+        )
+        model = DiffusionPrior(DiffusionPriorConfig(6, 32, 1, 11, 4))
+        x, text, captions = torch.randn(2, 6), torch.randn(2, 6), torch.randint(3, 11, (2, 4))
+        diffusion_prior_loss(model, x, text, captions, prior_process()).total.backward()
+        """,
+    "dalle2": """
+        from here.dalle2 import Decoder, ImageConditioning, ImageConditioningConfig
+        from here.dit import DiT, DiTConfig
+        conditioning = ImageConditioning(ImageConditioningConfig(6, 32, 2))
+        model = Decoder(DiT(DiTConfig(16, 8, 32, 1, 1, 11, 4)), conditioning)
+        z, caption = torch.randn(2, 3, 16, 16), torch.randint(3, 11, (2, 4))
+        assert model(z, torch.rand(2), torch.randn(2, 6), caption).shape == z.shape
+        """,
     "unet": """
         from here.unet import UNet, UNetConfig
         model = UNet(UNetConfig(16, (32, 32), 1, 8, 1, 11, 4))

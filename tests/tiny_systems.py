@@ -7,11 +7,13 @@ import pytest
 
 from t2ilearn.judging import report
 from t2ilearn.models.clip import TextTowerConfig
+from t2ilearn.models.dalle2 import ImageConditioningConfig
+from t2ilearn.models.diffusion_prior import DiffusionPriorConfig
 from t2ilearn.models.dit import DiTConfig
 from t2ilearn.models.dvae import DVAEConfig
 from t2ilearn.models.transformer import PriorConfig
 from t2ilearn.models.vqvae import VQVAEConfig
-from t2ilearn.systems import clip, diffusion, readers, token_training, vqvae
+from t2ilearn.systems import clip, dalle2, dalle2_decoder, diffusion, readers, token_training, vqvae
 from t2ilearn.systems.registry import STAGES
 
 QUIET = {"progress": False}
@@ -21,6 +23,8 @@ SIZES = {
     TextTowerConfig: {"dim": 16, "num_layers": 1, "num_heads": 2},
     PriorConfig: {"codebook_size": 32, "dim": 16, "num_layers": 1, "num_heads": 2},
     DiTConfig: {"patch": 8, "dim": 32, "num_layers": 1},
+    DiffusionPriorConfig: {"dim": 32, "num_layers": 1},
+    ImageConditioningConfig: {"dim": 32},
 }
 EVALUATIONS = (
     (token_training, "evaluate_tokenizer"),
@@ -28,6 +32,7 @@ EVALUATIONS = (
     (diffusion, "evaluate_system"),
     (readers, "evaluate_reader"),
     (clip, "evaluate_clip"),
+    (dalle2, "evaluate_system"),
 )
 
 
@@ -44,6 +49,9 @@ def tiny_systems(n=16):
         for module, name in EVALUATIONS:
             patch.setattr(module, name, measured_on_few(getattr(module, name)))
         patch.setattr(report, "TEST_PICTURES", 24)
+        for module in (dalle2, dalle2_decoder):
+            patch.setattr(module, "MEASURED", n)
+        patch.setattr(dalle2, "NEIGHBOURS", 64)
         patch.setattr(
             report, "bootstrap", lambda *sets, **how: bootstrap(*sets, **{**how, "rounds": 2})
         )

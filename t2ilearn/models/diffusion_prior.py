@@ -15,7 +15,7 @@ Latents", section 2.2), classifier-free guidance (Ho & Salimans 2022).
 | z_I, z_T (z_i, z_t in the paper) | `image_embedding`, `text_embedding`, both of length 1 |
 | z_I^(t), ẑ_I | `noisy`, what `DiffusionPrior` returns |
 | y | `caption` |
-| L_prior (Eq. 2) | `prior_loss` |
+| L_prior (Eq. 2) | `diffusion_prior_loss` |
 
 Differs from the paper in: the prior works on standardised embeddings (each coordinate minus its
 mean, divided by its standard deviation): an embedding of length 1 has coordinates of about 1 / √E,
@@ -28,6 +28,7 @@ caption, S times.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -232,8 +233,8 @@ def causal_bias(real: Bool[Tensor, "b t"]) -> Float[Tensor, "b 1 s s"]:
     return bias.masked_fill(~allowed, -math.inf)[:, None]
 
 
-def prior_loss(
-    prior: DiffusionPrior,
+def diffusion_prior_loss(
+    prior: nn.Module,
     image_embedding: Float[Tensor, "b e"],
     text_embedding: Float[Tensor, "b e"],
     caption: Int[Tensor, "b l"],
@@ -246,13 +247,15 @@ def prior_loss(
     """L_prior = E ‖f(z_I^(t), t, y) − z_I‖² (Eq. 2): the prior predicts the embedding itself.
 
     Args:
-        image_embedding, text_embedding: z_I and z_T of pairs, of length 1.
+        prior: a `DiffusionPrior`, with wrappers or without.
+        image_embedding: z_I, standardised by the prior's `image_scale`.
+        text_embedding: z_T of the same pairs, of length 1; `no_embedding` for none.
         caption: token ids.
         generator, noise, t: see `diffusion.ddpm_loss`.
     """
-    x = prior.image_scale(image_embedding)
-    how = {"generator": generator, "noise": noise, "t": t}
-    return ddpm_loss(prior, x, process, text_embedding, caption, target="x0", **how)  # type: ignore[arg-type]
+    conditions = text_embedding, caption
+    how: dict[str, Any] = {"generator": generator, "noise": noise, "t": t}
+    return ddpm_loss(prior, image_embedding, process, *conditions, target="x0", **how)
 
 
 def prior_steps(

@@ -19,6 +19,7 @@ from t2ilearn.systems import (  # noqa: F401, I001  (the book's order)
     clip,
     vqgan_clip,
     diffusion,
+    dalle2,
 )
 from t2ilearn.systems.base import (
     Caption,

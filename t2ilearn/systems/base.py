@@ -175,6 +175,7 @@ class System:
         chapter: of the book.
         Options: its sampling options, a frozen dataclass with defaults.
         takes_start: whether it can begin from a picture.
+        varies: whether it draws variations of a start picture, and blends two.
         stages: its trainings, in order; the weights of the last one draw.
         also_trains: further trainings of its chapter, such as ablations.
         worlds: names of our own worlds that it learned; none where it learned pictures of yours.
@@ -189,6 +190,7 @@ class System:
     chapter: ClassVar[int] = 0
     Options: ClassVar[type[AnyOptions]] = AnyOptions
     takes_start: ClassVar[bool] = False
+    varies: ClassVar[bool] = False
     stages: "ClassVar[tuple[Stage, ...]]" = ()
     also_trains: "ClassVar[tuple[Stage, ...]]" = ()
     worlds: tuple[str, ...] = ()

@@ -208,6 +208,35 @@ class DiffusionOptions(Options):
             raise ValueError(f"eta is an option of ddim; the sampler is {self.sampler}.")
 
 
+def denoise(
+    network: Callable[..., Tensor],
+    conditions: Sequence[Tensor],
+    null: Sequence[Tensor],
+    process: RectifiedFlow,
+    resolution: int,
+    options: DiffusionOptions,
+    generator: torch.Generator,
+) -> Iterator[SamplerStep]:
+    """A sampler's steps as the options say, on the device of the conditions.
+
+    Args:
+        network: (z, t, and all conditions) → x̂.
+        conditions, null: one row a picture; see `diffusion_samplers.guided`.
+    """
+    interval = (options.guidance_from, options.guidance_until)
+    predict = guided(network, conditions, null, options.guidance_scale, interval)
+    denoiser = Denoiser(predict, process, "x0", THRESHOLDS[options.threshold])
+    count, device = len(conditions[0]), conditions[0].device
+    noise = torch.randn(count, 3, resolution, resolution, generator=generator).to(device)
+    how: dict[str, Any] = {}
+    if options.sampler in ("ddpm", "ddim"):
+        how["generator"] = generator
+    if options.sampler == "ddim":
+        how["eta"] = options.eta
+    times = flow_times(options.steps, options.shift)
+    return SAMPLERS[options.sampler](denoiser, noise, times, **how)
+
+
 @register
 class DiffusionSystem(System):
     """A network that removes noise, and the captions that guide it.
@@ -267,21 +296,11 @@ class DiffusionSystem(System):
         self, texts: Sequence[str], options: DiffusionOptions, generator: torch.Generator
     ) -> Iterator[SamplerStep]:
         """The sampler's steps for these captions, on the network's device."""
-        device = next(self.network.parameters()).device
-        caption = self.ids(texts).to(device)  # (B, T)
-        null = null_caption(*caption.shape).to(device)
-        interval = (options.guidance_from, options.guidance_until)
-        network = guided(self.network, [caption], [null], options.guidance_scale, interval)
-        threshold = THRESHOLDS[options.threshold]
-        denoiser = Denoiser(network, self.process, "x0", threshold)
-        noise = torch.randn(len(texts), 3, *2 * [self.resolution], generator=generator).to(device)
-        how: dict[str, Any] = {}
-        if options.sampler in ("ddpm", "ddim"):
-            how["generator"] = generator
-        if options.sampler == "ddim":
-            how["eta"] = options.eta
-        times = flow_times(options.steps, options.shift)
-        return SAMPLERS[options.sampler](denoiser, noise, times, **how)
+        caption = self.ids(texts).to(next(self.network.parameters()).device)  # (B, T)
+        null = null_caption(*caption.shape).to(caption)
+        return denoise(
+            self.network, [caption], [null], self.process, self.resolution, options, generator
+        )
 
     def _check_guidance(self, options: DiffusionOptions, texts: Sequence[str]) -> None:
         """Raise ValueError where an unconditional prediction is asked of a model without one."""

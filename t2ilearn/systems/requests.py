@@ -169,7 +169,8 @@ def _check_start(request: Request, system: System) -> None:
     if not system.takes_start:
         raise ValueError(f"{request.system} cannot begin from a picture.")
     count, side = len(request.start), system.resolution
-    if count not in (1, request.count) or request.start.shape[1:] != (3, side, side):
+    possible = {1, request.count} | ({2} if system.varies else set())
+    if count not in possible or request.start.shape[1:] != (3, side, side):
         raise ValueError(
             f"{request.system} begins from one picture, or from one for each of {request.count}, "
             f"of shape (3, {side}, {side}); these are of shape {tuple(request.start.shape)}."
